@@ -1,0 +1,3 @@
+//! Pods and their containers.
+
+pub mod config;

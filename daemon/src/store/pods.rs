@@ -1,0 +1,1 @@
+//! Records of pods and containers.

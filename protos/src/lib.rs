@@ -1,0 +1,33 @@
+//! Wire types only: generated at build time, never edited, no behaviour.
+//!
+//! - [`cri`]: the Kubernetes Container Runtime Interface v1, from `proto/cri.proto`.
+//! - [`admin`]: what our command line needs beyond the CRI, from `proto/admin.proto`.
+//! - [`shim`]: containerd's shim services over ttrpc, re-exported from `containerd-shim-protos`.
+
+/// CRI v1 (package `runtime.v1`) as of Kubernetes 1.37.
+#[cfg(feature = "cri")]
+#[allow(unreachable_pub, clippy::all, reason = "generated")]
+pub mod cri {
+    tonic::include_proto!("runtime.v1");
+    /// The compiled `FileDescriptorSet` of this package.
+    pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cri.proto.bin"));
+}
+
+/// The Admin service (package `holdfast.admin.v1`).
+#[cfg(feature = "admin")]
+#[allow(unreachable_pub, clippy::all, reason = "generated")]
+pub mod admin {
+    tonic::include_proto!("holdfast.admin.v1");
+    /// The compiled `FileDescriptorSet` of this package.
+    pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/admin.proto.bin"));
+}
+
+/// containerd's Task, Sandbox and Events services and their messages.
+#[cfg(feature = "shim")]
+pub mod shim {
+    pub use containerd_shim_protos::{
+        api, bootstrap_api, cgroups, cgroups_v2, events, sandbox_api, sandbox_async, shim_async,
+        topics, types,
+    };
+    pub use {protobuf, ttrpc};
+}
