@@ -95,8 +95,9 @@ fn a_difference_of_every_sort_is_found() {
 fn table_path() -> PathBuf {
     match env::var_os("HOLDFAST_CRI_WIRE_TABLE") {
         Some(path) => path.into(),
-        None => PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-            .join("../../shared/reference/cri-v1-wire.txt"),
+        None => {
+            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/reference/cri-v1-wire.txt")
+        }
     }
 }
 
@@ -147,16 +148,13 @@ fn parse(text: &str) -> Result<Items, String> {
                 owner = ((*name).to_owned(), kind);
                 ((*name).to_owned(), (*kind).to_owned())
             }
-            (true, "service", [rpc, input, "->", output @ ..]) => (
-                format!("{}/{rpc}", owner.0),
-                format!("rpc {input} -> {}", output.join(" ")),
-            ),
+            (true, "service", [rpc, input, "->", output @ ..]) => {
+                (format!("{}/{rpc}", owner.0), format!("rpc {input} -> {}", output.join(" ")))
+            }
             (true, "message", [tag, name, what @ ..]) if !what.is_empty() => {
                 (format!("{}.{name}", owner.0), format!("field {tag} {}", what.join(" ")))
             }
-            (true, "enum", [tag, name]) => {
-                (format!("{}.{name}", owner.0), format!("value {tag}"))
-            }
+            (true, "enum", [tag, name]) => (format!("{}.{name}", owner.0), format!("value {tag}")),
             _ => return Err(format!("line {}: {line:?} is not understood", number + 1)),
         };
         if items.insert(name.clone(), value).is_some() {
