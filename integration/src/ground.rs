@@ -94,7 +94,7 @@ impl Ground {
         format!("fd00:686f:6c64:{:x}::/64", self.subnet + 1)
     }
 
-    /// Processes that belong to it: by command line, cgroup, working directory or mounts. Zombies do
+    /// Processes that belong to it: by command line, cgroup, working directory or root. Zombies do
     /// not count: they are their parent's matter.
     pub fn processes(&self) -> BTreeSet<i32> {
         processes(&self.path, &self.cgroup())
@@ -325,14 +325,15 @@ pub fn names_in(dir: &Path) -> Vec<String> {
 }
 
 fn processes(path: &Path, cgroup: &str) -> BTreeSet<i32> {
-    let own = std::process::id() as i32;
-    let own_mounts = fs::read_link("/proc/self/ns/mnt").ok();
+    let spared = [1, std::process::id() as i32];
     let text = path.to_string_lossy().into_owned();
     names_in(Path::new("/proc"))
         .iter()
         .filter_map(|name| name.parse().ok())
-        .filter(|pid| *pid != own)
         .filter(|pid: &i32| {
+            if spared.contains(pid) {
+                return false;
+            }
             let file = |name: &str| format!("/proc/{pid}/{name}");
             if is_zombie(*pid) {
                 return false;
@@ -344,9 +345,17 @@ fn processes(path: &Path, cgroup: &str) -> BTreeSet<i32> {
             holds("cmdline", &text)
                 || holds("cgroup", &format!("{cgroup}/"))
                 || fs::read_link(file("cwd")).is_ok_and(|cwd| cwd.starts_with(path))
-                || (fs::read_link(file("ns/mnt")).ok() != own_mounts && holds("mountinfo", &text))
+                || root_is_under(*pid, &text)
         })
         .collect()
+}
+
+/// Whether the root of a process is an overlay of directories under `path`: it is in a container of
+/// ours then. Other mounts say nothing: ours propagate into namespaces of others.
+fn root_is_under(pid: i32, path: &str) -> bool {
+    mountinfo(&format!("/proc/{pid}/mountinfo"))
+        .iter()
+        .any(|mount| mount.point == Path::new("/") && mount.options.contains(path))
 }
 
 /// Whether a process has ended and waits for its parent to notice; also when it is gone.

@@ -78,7 +78,16 @@ impl Image {
     /// # Errors
     /// busybox-static is not installed.
     pub fn busybox() -> Result<Builder> {
-        Ok(Self::empty().layer(busybox_layer()?).cmd(["/bin/sh"]).env("PATH", "/bin"))
+        Self::busybox_with(Compression::default())
+    }
+
+    /// The same with its layers compressed in another way.
+    ///
+    /// # Errors
+    /// busybox-static is not installed.
+    pub fn busybox_with(compression: Compression) -> Result<Builder> {
+        let layer = busybox_layer()?;
+        Ok(Self::empty().compression(compression).layer(layer).cmd(["/bin/sh"]).env("PATH", "/bin"))
     }
 
     /// An image without layers.

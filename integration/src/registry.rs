@@ -34,9 +34,8 @@ type Http = Client<HttpConnector, Full<Bytes>>;
 /// A docker-registry process with storage of its own; killed and removed when dropped.
 #[derive(Debug)]
 pub struct Registry {
-    address: SocketAddr,
+    remote: Remote,
     log: PathBuf,
-    http: Http,
     _process: Process,
     _ground: Option<Ground>,
 }
@@ -81,14 +80,13 @@ impl Registry {
             Process::spawn("docker-registry", &["serve".as_ref(), config.as_os_str()], &[], &log)
                 .context("start docker-registry: is it installed ('make deps')?")?;
         let registry = Self {
-            address,
+            remote: Remote::new(&address.to_string()),
             log,
-            http: Client::builder(TokioExecutor::new()).build_http(),
             _process: process,
             _ground: None,
         };
         eventually(Duration::from_secs(10), "docker-registry", async || {
-            Ok(match registry.request(Method::GET, "/v2/", &[], Bytes::new()).await {
+            Ok(match registry.remote.ping().await {
                 Ok(_) => Look::Done(()),
                 Err(error) => Look::Not(format!("{error:#}")),
             })
@@ -99,8 +97,8 @@ impl Registry {
     }
 
     /// `host:port`
-    pub fn host(&self) -> String {
-        self.address.to_string()
+    pub fn host(&self) -> &str {
+        &self.remote.host
     }
 
     /// Its log, one line for each request.
@@ -119,10 +117,49 @@ impl Registry {
     /// # Errors
     /// The registry refused something.
     pub async fn push(&self, name: &str, image: &Image) -> Result<String> {
+        self.remote.push(name, image).await
+    }
+
+    /// Pushes an index and its images; its reference for pulling.
+    ///
+    /// # Errors
+    /// The registry refused something.
+    pub async fn push_index(&self, name: &str, index: &Blob, images: &[&Image]) -> Result<String> {
+        self.remote.push_index(name, index, images).await
+    }
+}
+
+/// A registry somewhere, over plain HTTP.
+#[derive(Clone, Debug)]
+pub struct Remote {
+    host: String,
+    http: Http,
+}
+
+impl Remote {
+    /// The registry at `host:port`.
+    pub fn new(host: &str) -> Self {
+        Self { host: host.into(), http: Client::builder(TokioExecutor::new()).build_http() }
+    }
+
+    /// Whether it answers.
+    ///
+    /// # Errors
+    /// It does not.
+    pub async fn ping(&self) -> Result<()> {
+        self.request(Method::GET, "/v2/", &[], Bytes::new()).await?;
+        Ok(())
+    }
+
+    /// Pushes an image under `name` ("repository:tag"); its reference for pulling.
+    ///
+    /// # Errors
+    /// The registry refused something.
+    pub async fn push(&self, name: &str, image: &Image) -> Result<String> {
         let (repository, tag) = name.rsplit_once(':').context("a name has a tag")?;
         self.push_blobs(repository, image).await?;
         self.push_manifest(repository, tag, &image.manifest).await?;
-        Ok(format!("{}/{name}", self.address))
+        Ok(format!("{}/{name}", self.host))
     }
 
     /// Pushes an index and its images; its reference for pulling.
@@ -136,7 +173,7 @@ impl Registry {
             self.push_manifest(repository, &image.manifest.digest, &image.manifest).await?;
         }
         self.push_manifest(repository, tag, index).await?;
-        Ok(format!("{}/{name}", self.address))
+        Ok(format!("{}/{name}", self.host))
     }
 
     async fn push_blobs(&self, repository: &str, image: &Image) -> Result<()> {
@@ -174,7 +211,7 @@ impl Registry {
         let uri = if path.starts_with("http://") {
             path.to_owned()
         } else {
-            format!("http://{}{path}", self.address)
+            format!("http://{}{path}", self.host)
         };
         let mut request = Request::builder().method(&method).uri(&uri);
         for (key, value) in headers {
