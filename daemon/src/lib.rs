@@ -10,3 +10,13 @@ pub mod pod;
 pub mod spec;
 pub mod store;
 pub mod streaming;
+
+/// Serves until `shutdown` is ready.
+pub async fn run(
+    config: config::Config,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), std::io::Error> {
+    let _ = config;
+    shutdown.await;
+    Ok(())
+}
