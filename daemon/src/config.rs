@@ -604,7 +604,7 @@ fn default_shim() -> PathBuf {
 }
 
 /// The file that is run for `program`: itself if it is a path, else the first of that name in PATH.
-fn find_program(program: &Path) -> Option<PathBuf> {
+pub(crate) fn find_program(program: &Path) -> Option<PathBuf> {
     if program.is_absolute() {
         return is_executable(program).then(|| program.into());
     }

@@ -3,6 +3,7 @@
 pub mod config;
 pub mod cri;
 pub mod error;
+pub mod features;
 pub mod id;
 pub mod image;
 pub mod network;
@@ -87,7 +88,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let network = Network::open(config.network.clone(), config.root.join("cni"))?;
     let shims = Arc::new(Shims::new(&config).map_err(at("make", &config.state))?);
     let services = Arc::new(Services {
-        features: node::Features::discover(&config.runtime).await,
+        features: features::Features::discover(&config.runtime).await,
         node: node::Node::discover()?,
         store,
         images,

@@ -26,7 +26,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use holdfast_shim::client;
+use holdfast_shim::{client, control::Control};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -38,7 +38,7 @@ use crate::{
     id::{ContainerId, PodId},
     image::{self, Images},
     network::{self, Network},
-    node::Node,
+    node::{self, Node},
     pod::{
         config::{ContainerConfig, PodConfig, Resources},
         state::{ContainerState, PodState},
@@ -97,6 +97,8 @@ pub enum Error {
     Image { name: String, source: image::Error },
     #[error("container {name:?}")]
     Spec { name: String, source: spec::Error },
+    #[error("container {name:?}")]
+    Host { name: String, source: node::Error },
     #[error("{what} {path}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
     #[error("record of pod")]
@@ -121,6 +123,7 @@ impl Kinded for Error {
             Error::Network { source, .. } => source.kind(),
             Error::Image { source, .. } => source.kind(),
             Error::Spec { source, .. } => source.kind(),
+            Error::Host { source, .. } => source.kind(),
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => Kind::Exhausted,
             Error::Io { .. } | Error::Panicked => Kind::Internal,
             Error::Store(source) => source.kind(),
@@ -159,7 +162,7 @@ pub struct Services {
     /// Facts of this node.
     pub node: Node,
     /// What each OCI runtime can do, by its path.
-    pub features: crate::node::Features,
+    pub features: crate::features::Features,
 }
 
 /// A pod as it is now.
@@ -503,7 +506,7 @@ impl Pods {
             });
         }
         let bundle = self.services.shims.pod_bundle(&pod.id);
-        client::Control::new(&bundle)
+        Control::new(&bundle)
             .reopen_log(record.id.as_str(), Duration::from_secs(10))
             .await
             .map_err(|source| Error::Task { what: "reopen the log of", id: record.id.clone(), source })

@@ -79,7 +79,7 @@ impl Shims {
 
     /// `containerd.runc.v1.Options` for a container under an OCI command line.
     pub fn runtime_options(&self, runtime: &Path) -> Any {
-        let options = holdfast_protos::shim::api::Options {
+        let options = holdfast_protos::shim::oci::Options {
             binary_name: runtime.display().to_string(),
             root: self.runtime_root.display().to_string(),
             systemd_cgroup: self.systemd,

@@ -46,8 +46,8 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
         cri::RuntimeHandler {
             name: name.to_owned(),
             features: Some(cri::RuntimeHandlerFeatures {
-                recursive_read_only_mounts: features.recursive_read_only(),
-                user_namespaces: features.user_namespaces(),
+                recursive_read_only_mounts: features.recursive_read_only(&services.node),
+                user_namespaces: features.idmap,
             }),
         }
     };
@@ -85,7 +85,7 @@ fn missing_runtime(services: &Services) -> Option<String> {
         return Some(format!("shim {} does not exist: set runtime.shim", shim.display()));
     }
     match runtime.handlers.get(&runtime.default) {
-        Some(Handler::Oci { path }) if crate::node::find_program(path).is_none() => Some(format!(
+        Some(Handler::Oci { path }) if crate::config::find_program(path).is_none() => Some(format!(
             "OCI runtime {} of handler {:?} is not found: install it or set its path",
             path.display(),
             runtime.default

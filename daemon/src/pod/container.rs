@@ -54,8 +54,7 @@ pub(super) async fn create(
     let view = pod.view();
     let image = services.images.find(&config.image);
     let image = image.ok_or_else(|| Error::NoImage(config.image.clone()))?;
-    let spec_error = |source| Error::Spec { name: config.name.clone(), source };
-    let stop_signal = spec::args::stop_signal(&config, &image.defaults).map_err(spec_error)?;
+    let stop_signal = spec::args::stop_signal(&config, &image.defaults);
     let log = match config.log_path.as_os_str().is_empty() {
         true => PathBuf::new(),
         false => view.record.config.log_directory.join(&config.log_path),
@@ -190,7 +189,12 @@ fn prepare(
         }
         _ => None,
     };
-    let facts = crate::node::gather(&record.config).map_err(spec_error)?;
+    let driver = services.config.runtime.cgroup_driver;
+    let pod_ref = PodRef { id: &pod.id, config: &pod.config };
+    // Before anything is made on the node for it.
+    spec::check(&pod_ref, &record.config, driver).map_err(spec_error)?;
+    let facts = crate::node::gather(&record.config)
+        .map_err(|source| Error::Host { name: name.clone(), source })?;
     let pod_bundle = services.shims.pod_bundle(&pod.id);
     let files = PodFiles {
         hostname: Some(pod_bundle.hostname()),
@@ -200,7 +204,7 @@ fn prepare(
     };
     let features = services.features.of(&pod.runtime);
     let input = spec::Input {
-        pod: PodRef { id: &pod.id, config: &pod.config },
+        pod: pod_ref,
         container_id: &record.id,
         container: &record.config,
         image: &image.defaults,
@@ -209,11 +213,11 @@ fn prepare(
         namespaces,
         files: &files,
         node: &services.node,
-        cgroup_driver: services.config.runtime.cgroup_driver,
+        cgroup_driver: driver,
         features: &features,
         image_volumes: &[],
         pids_limit: services.config.runtime.pids_limit,
-        facts: &facts,
+        host: &facts,
         seccomp_localhost: localhost.as_deref(),
     };
     let spec = spec::generate(&input).map_err(spec_error)?;
@@ -464,7 +468,8 @@ pub(super) async fn update(
     let merged = record.config.resources.merged(*resources);
     if !record.state.is_exited() {
         let client = pod.client().await?;
-        let linux = spec::update(&merged, &services.node);
+        let linux = spec::update(&merged, &services.node)
+            .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
         let json = serde_json::to_vec(&linux).expect("resources serialise");
         client
             .update(id.as_str(), json)

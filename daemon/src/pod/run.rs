@@ -297,7 +297,10 @@ async fn tear_down(
         unmount(&bundle.shm())?;
         if own_cgroup {
             // Containers without a parent of the kubelet's live below a group of ours.
-            holdfast_shim::cgroup::Cgroup::from_path(&format!("/holdfast/{of}")).remove();
+            let path = format!("/holdfast/{of}");
+            holdfast_shim::cgroup::Cgroup::at(&path)
+                .and_then(|cgroup| cgroup.remove())
+                .map_err(io_at("remove cgroup", Path::new(&path)))?;
         }
         Ok(())
     })
