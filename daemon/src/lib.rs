@@ -6,6 +6,7 @@ pub mod error;
 pub mod id;
 pub mod image;
 pub mod network;
+pub mod node;
 pub mod pod;
 pub mod spec;
 pub mod store;
