@@ -195,6 +195,7 @@ fn prepare(
     spec::check(&pod_ref, &record.config, driver).map_err(spec_error)?;
     let facts = crate::node::gather(&record.config)
         .map_err(|source| Error::Host { name: name.clone(), source })?;
+    let made_dirs = MadeDirs(facts.created.clone());
     let pod_bundle = services.shims.pod_bundle(&pod.id);
     let files = PodFiles {
         hostname: Some(pod_bundle.hostname()),
@@ -231,7 +232,23 @@ fn prepare(
         std::fs::create_dir_all(dir).map_err(io_at("make log directory", dir))?;
     }
     mounted.attach(&rootfs).map_err(image_error)?;
+    made_dirs.keep();
     Ok(user)
+}
+
+/// Directories that were made on the node for a container; removed again if it is not made.
+struct MadeDirs(Vec<PathBuf>);
+
+impl MadeDirs {
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for MadeDirs {
+    fn drop(&mut self) {
+        crate::node::remove_created(&self.0);
+    }
 }
 
 /// Which namespaces the container joins.

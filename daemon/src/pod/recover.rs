@@ -45,6 +45,8 @@ impl Pods {
     /// Makes a pod of every record. Returns at once with everything listed; each pod reaches its
     /// shim beside it.
     pub async fn recover(&self) -> Result<(), Error> {
+        // FIFOs of execs that nobody waits for any more.
+        remove_dir(&self.services.config.state.join("exec")).await?;
         let (pods, containers) = self.services.store.load().await?;
         let mut by_pod: BTreeMap<PodId, Vec<ContainerRecord>> = BTreeMap::new();
         for container in containers {
@@ -88,8 +90,6 @@ impl Pods {
     }
 
     async fn sweep_bundles(&self) -> Result<(), Error> {
-        let exec = self.services.config.state.join("exec");
-        remove_dir(&exec).await?;
         let bundles = self.services.shims.bundles().to_owned();
         let mut stray = BTreeSet::new();
         let read = |e: io::Error| Error::Io { what: "read", path: bundles.clone(), source: e };
@@ -239,7 +239,10 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
         let path = services.shims.container_bundle(id).exit_record();
         let before = recorded(&path);
         let alive = container.state.pid().is_some_and(is_alive);
-        if let Err(error) = services.shims.delete_dead(id, &record.runtime).await {
+        // Not after a boot, which has emptied the state directory.
+        if services.shims.container_bundle(id).dir().exists()
+            && let Err(error) = services.shims.delete_dead(id, &record.runtime).await
+        {
             warn!(container = id.short(), error = %chain(&error), "clean up after a dead shim");
         }
         let (at, how) = match before.or_else(|| recorded(&path)) {

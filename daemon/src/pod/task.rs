@@ -141,6 +141,8 @@ pub(super) struct Owner {
     record: Arc<PodRecord>,
     containers: BTreeMap<ContainerId, Container>,
     half_made: Vec<ContainerRecord>,
+    /// Containers that are being made.
+    making: HashMap<Op, ContainerId>,
     /// Exits of containers whose making has not come back yet.
     early: HashMap<ContainerId, (SystemTime, Exit)>,
     stopping: bool,
@@ -179,6 +181,7 @@ impl Owner {
             record,
             containers,
             half_made,
+            making: HashMap::new(),
             early: HashMap::new(),
             stopping: false,
             gone: false,
@@ -360,6 +363,7 @@ impl Owner {
                     let id = ContainerId::random();
                     // Known before it exists: its exit may be told before its making comes back.
                     self.pods.index_mut().containers.insert(id.clone(), pod.id.clone());
+                    self.making.insert(op.clone(), id.clone());
                     let work = container::create(services, pod, id, *config);
                     self.join(op, reply, work);
                 }
@@ -428,7 +432,10 @@ impl Owner {
         let Some(op) = self.running.remove(&id) else { return };
         let answer = match result {
             Ok(effect) => self.apply(&op, effect).await,
-            Err(error) => Err(self.failed(&op, error).await),
+            Err(error) => {
+                self.failed(&op, &error).await;
+                Err(error)
+            }
         };
         let answer = answer.map_err(Arc::new);
         match (&answer, self.joined.remove(&op)) {
@@ -469,7 +476,12 @@ impl Owner {
                 record.state = PodState::Ready;
                 record.endpoint = Some(up.endpoint);
                 record.ips = up.ips;
-                self.save_pod(record).await?;
+                if let Err(error) = self.save_pod(record).await {
+                    // Up, but not on record: taken down again.
+                    let work = run::discard(services, self.record.clone());
+                    self.spawn(Op::Discard(None), work);
+                    return Err(error);
+                }
                 self.connected(up.client);
                 self.publish();
                 info!(
@@ -494,7 +506,13 @@ impl Owner {
             }
             Effect::Created(record) => {
                 let id = record.id.clone();
-                services.store.put_container(&record).await?;
+                if let Err(error) = services.store.put_container(&record).await {
+                    // Made, but not on record: taken away again.
+                    let work = container::discard(services, self.pod.clone(), *record);
+                    self.spawn(Op::Discard(Some(id)), work);
+                    return Err(error.into());
+                }
+                self.making.remove(op);
                 self.containers.insert(id.clone(), Container::new(*record));
                 self.publish();
                 if let Some((at, how)) = self.early.remove(&id) {
@@ -549,8 +567,9 @@ impl Owner {
                 self.publish();
             }
             Effect::Closed => {
-                // A shim that is being shut down closes; anything else is looked into.
-                if !self.is_running(&Op::StopPod) && !self.is_running(&Op::RemovePod) {
+                // A shim that is, or was, shut down closes; anything else is looked into.
+                let ending = self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod);
+                if !ending && matches!(*self.link.borrow(), Link::Up(_)) {
                     self.link.send_replace(Link::Pending);
                     self.reach();
                 }
@@ -560,40 +579,28 @@ impl Owner {
         Ok(Answer::Done)
     }
 
-    /// What a failed operation leaves behind, and what its callers are told.
-    async fn failed(&mut self, op: &Op, error: Error) -> Error {
+    /// What a failed operation changes all the same.
+    async fn failed(&mut self, op: &Op, error: &Error) {
         match op {
             // Undone already, records and all.
             Op::Run | Op::Discard(None) => self.forget(),
             Op::Start(id) => {
                 let how = Exit::NotStarted {
-                    code: container::start_failure_code(&error),
-                    message: chain(&error),
+                    code: container::start_failure_code(error),
+                    message: chain(error),
                 };
                 self.exited(&id.clone(), SystemTime::now(), how).await;
             }
             Op::Create(..) => {
-                let known: Vec<_> = {
-                    let index = self.pods.index();
-                    let ours = index.containers.iter().filter(|(_, pod)| **pod == self.pod.id);
-                    ours.map(|(id, _)| id.clone()).collect()
-                };
-                // The failed one is the one that is neither here nor being made.
-                if !self.running.values().any(|op| matches!(op, Op::Create(..))) {
-                    let mut index = self.pods.index_mut();
-                    for id in known {
-                        if !self.containers.contains_key(&id) {
-                            index.containers.remove(&id);
-                            self.early.remove(&id);
-                        }
-                    }
+                if let Some(id) = self.making.remove(op) {
+                    self.pods.index_mut().containers.remove(&id);
+                    self.early.remove(&id);
                 }
             }
             Op::StopPod => self.stopping = false,
             Op::RemovePod | Op::Remove(_) | Op::Update(_) | Op::Reap(_) | Op::Discard(Some(_)) | Op::Link
             | Op::Watch => {}
         }
-        error
     }
 
     fn forget(&mut self) {
@@ -638,7 +645,7 @@ impl Owner {
     /// Takes an exit. False: it could not be recorded and must be told again.
     async fn exited(&mut self, id: &ContainerId, at: SystemTime, how: Exit) -> bool {
         let Some(container) = self.containers.get(id) else {
-            if self.running.values().any(|op| matches!(op, Op::Create(..))) {
+            if self.making.values().any(|making| making == id) {
                 self.early.insert(id.clone(), (at, how));
             }
             return true;
