@@ -7,6 +7,7 @@ mod convert;
 mod images;
 mod stats;
 mod status;
+mod streams;
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +16,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     error::{Kinded, chain, status as to_status},
-    pod::{self, Pods},
+    pod::{self, ContainerView, PodView, Pods},
 };
 
 /// The CRI services and our Admin service.
@@ -30,6 +31,40 @@ impl Service {
     pub fn new(pods: Pods) -> Self {
         let stats = Arc::new(crate::stats::Stats::new(pods.services().clone()));
         Self { pods, stats }
+    }
+
+    fn select_pods(&self, filter: cri::PodSandboxFilter) -> Vec<Arc<PodView>> {
+        let mut pods = self.pods.list();
+        pods.retain(|pod| convert::pod_matches(pod, &filter));
+        pods
+    }
+
+    fn select_containers(&self, filter: cri::ContainerFilter) -> Vec<Arc<ContainerView>> {
+        let pods = self.pods.list();
+        let containers = pods.iter().flat_map(|pod| pod.containers.values());
+        containers.filter(|c| convert::container_matches(c, &filter)).cloned().collect()
+    }
+
+    /// Those that have usage to report.
+    fn select_running(&self, filter: cri::ContainerStatsFilter) -> Vec<Arc<ContainerView>> {
+        self.select_containers(cri::ContainerFilter {
+            id: filter.id,
+            state: Some(cri::ContainerStateValue {
+                state: cri::ContainerState::ContainerRunning as i32,
+            }),
+            pod_sandbox_id: filter.pod_sandbox_id,
+            label_selector: filter.label_selector,
+        })
+    }
+
+    fn select_ready(&self, filter: cri::PodSandboxStatsFilter) -> Vec<Arc<PodView>> {
+        self.select_pods(cri::PodSandboxFilter {
+            id: filter.id,
+            state: Some(cri::PodSandboxStateValue {
+                state: cri::PodSandboxState::SandboxReady as i32,
+            }),
+            label_selector: filter.label_selector,
+        })
     }
 }
 
@@ -126,10 +161,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<cri::ListPodSandboxRequest>,
     ) -> Answer<cri::ListPodSandboxResponse> {
-        let filter = request.into_inner().filter.unwrap_or_default();
-        let pods = self.pods.list();
-        let items = pods.iter().filter(|pod| convert::pod_matches(pod, &filter));
-        let items = items.map(|pod| convert::pod_item(pod)).collect();
+        let pods = self.select_pods(request.into_inner().filter.unwrap_or_default());
+        let items = pods.iter().map(|pod| convert::pod_item(pod)).collect();
         Ok(Response::new(cri::ListPodSandboxResponse { items }))
     }
 
@@ -178,11 +211,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<cri::ListContainersRequest>,
     ) -> Answer<cri::ListContainersResponse> {
-        let filter = request.into_inner().filter.unwrap_or_default();
-        let pods = self.pods.list();
-        let containers = pods.iter().flat_map(|pod| pod.containers.values());
-        let containers = containers.filter(|c| convert::container_matches(c, &filter));
-        let containers = containers.map(|c| convert::container_item(c)).collect();
+        let containers = self.select_containers(request.into_inner().filter.unwrap_or_default());
+        let containers = containers.iter().map(|c| convert::container_item(c)).collect();
         Ok(Response::new(cri::ListContainersResponse { containers }))
     }
 
@@ -273,19 +303,8 @@ impl RuntimeService for Service {
         &self,
         request: Request<cri::ListContainerStatsRequest>,
     ) -> Answer<cri::ListContainerStatsResponse> {
-        let filter = request.into_inner().filter.unwrap_or_default();
-        let filter = cri::ContainerFilter {
-            id: filter.id,
-            state: Some(cri::ContainerStateValue {
-                state: cri::ContainerState::ContainerRunning as i32,
-            }),
-            pod_sandbox_id: filter.pod_sandbox_id,
-            label_selector: filter.label_selector,
-        };
-        let pods = self.pods.list();
-        let containers = pods.iter().flat_map(|pod| pod.containers.values());
-        let containers = containers.filter(|c| convert::container_matches(c, &filter));
-        let stats = stats::containers(&self.stats, containers.cloned().collect()).await?;
+        let containers = self.select_running(request.into_inner().filter.unwrap_or_default());
+        let stats = stats::containers(&self.stats, containers).await?;
         Ok(Response::new(cri::ListContainerStatsResponse { stats }))
     }
 
@@ -303,16 +322,7 @@ impl RuntimeService for Service {
         &self,
         request: Request<cri::ListPodSandboxStatsRequest>,
     ) -> Answer<cri::ListPodSandboxStatsResponse> {
-        let filter = request.into_inner().filter.unwrap_or_default();
-        let filter = cri::PodSandboxFilter {
-            id: filter.id,
-            state: Some(cri::PodSandboxStateValue {
-                state: cri::PodSandboxState::SandboxReady as i32,
-            }),
-            label_selector: filter.label_selector,
-        };
-        let mut pods = self.pods.list();
-        pods.retain(|pod| convert::pod_matches(pod, &filter));
+        let pods = self.select_ready(request.into_inner().filter.unwrap_or_default());
         let stats = stats::pods(&self.stats, pods).await?;
         Ok(Response::new(cri::ListPodSandboxStatsResponse { stats }))
     }
@@ -363,12 +373,14 @@ impl RuntimeService for Service {
         not_built("RestorePod")
     }
 
-    type GetContainerEventsStream = None<cri::ContainerEventResponse>;
+    type GetContainerEventsStream = streams::Answers<cri::ContainerEventResponse>;
     async fn get_container_events(
         &self,
-        _: Request<cri::GetEventsRequest>,
+        request: Request<cri::GetEventsRequest>,
     ) -> Answer<Self::GetContainerEventsStream> {
-        not_built("GetContainerEvents")
+        let _ = request;
+        let events = &self.pods.services().events;
+        Ok(Response::new(streams::events(events, self.pods.clone())))
     }
 
     async fn list_metric_descriptors(
@@ -392,36 +404,44 @@ impl RuntimeService for Service {
         not_built("UpdatePodSandboxResources")
     }
 
-    type StreamPodSandboxesStream = None<cri::StreamPodSandboxesResponse>;
+    type StreamPodSandboxesStream = streams::Answers<cri::StreamPodSandboxesResponse>;
     async fn stream_pod_sandboxes(
         &self,
-        _: Request<cri::StreamPodSandboxesRequest>,
+        request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Answer<Self::StreamPodSandboxesStream> {
-        not_built("StreamPodSandboxes")
+        let pods = self.select_pods(request.into_inner().filter.unwrap_or_default());
+        Ok(Response::new(streams::list(pods, |chunk| cri::StreamPodSandboxesResponse {
+            pod_sandboxes: chunk.iter().map(|pod| convert::pod_item(pod)).collect(),
+        })))
     }
 
-    type StreamContainersStream = None<cri::StreamContainersResponse>;
+    type StreamContainersStream = streams::Answers<cri::StreamContainersResponse>;
     async fn stream_containers(
         &self,
-        _: Request<cri::StreamContainersRequest>,
+        request: Request<cri::StreamContainersRequest>,
     ) -> Answer<Self::StreamContainersStream> {
-        not_built("StreamContainers")
+        let containers = self.select_containers(request.into_inner().filter.unwrap_or_default());
+        Ok(Response::new(streams::list(containers, |chunk| cri::StreamContainersResponse {
+            containers: chunk.iter().map(|c| convert::container_item(c)).collect(),
+        })))
     }
 
-    type StreamContainerStatsStream = None<cri::StreamContainerStatsResponse>;
+    type StreamContainerStatsStream = streams::Answers<cri::StreamContainerStatsResponse>;
     async fn stream_container_stats(
         &self,
-        _: Request<cri::StreamContainerStatsRequest>,
+        request: Request<cri::StreamContainerStatsRequest>,
     ) -> Answer<Self::StreamContainerStatsStream> {
-        not_built("StreamContainerStats")
+        let containers = self.select_running(request.into_inner().filter.unwrap_or_default());
+        Ok(Response::new(streams::container_stats(self.stats.clone(), containers)))
     }
 
-    type StreamPodSandboxStatsStream = None<cri::StreamPodSandboxStatsResponse>;
+    type StreamPodSandboxStatsStream = streams::Answers<cri::StreamPodSandboxStatsResponse>;
     async fn stream_pod_sandbox_stats(
         &self,
-        _: Request<cri::StreamPodSandboxStatsRequest>,
+        request: Request<cri::StreamPodSandboxStatsRequest>,
     ) -> Answer<Self::StreamPodSandboxStatsStream> {
-        not_built("StreamPodSandboxStats")
+        let pods = self.select_ready(request.into_inner().filter.unwrap_or_default());
+        Ok(Response::new(streams::pod_stats(self.stats.clone(), pods)))
     }
 
     type StreamPodSandboxMetricsStream = None<cri::StreamPodSandboxMetricsResponse>;

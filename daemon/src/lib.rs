@@ -3,6 +3,7 @@
 pub mod config;
 pub mod cri;
 pub mod error;
+pub mod events;
 pub mod features;
 pub mod id;
 pub mod image;
@@ -27,7 +28,7 @@ use holdfast_protos::{
     admin::admin_server::AdminServer,
     cri::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
 };
-use holdfast_shim::events::{self, Event};
+use holdfast_shim::events::{Event, serve as serve_events};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::{info, warn};
@@ -88,6 +89,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let network = Network::open(config.network.clone(), config.root.join("cni"))?;
     let shims = Arc::new(Shims::new(&config).map_err(at("make", &config.state))?);
     let services = Arc::new(Services {
+        events: events::Events::default(),
         features: features::Features::discover(&config.runtime).await,
         node: node::Node::discover()?,
         store,
@@ -101,7 +103,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     pods.recover().await?;
 
     let told = pods.clone();
-    let events = events::serve(bind(&shims.events, 0o600)?, move |_namespace, event| {
+    let events = serve_events(bind(&shims.events, 0o600)?, move |_namespace, event| {
         let pods = told.clone();
         async move {
             match event {

@@ -161,6 +161,8 @@ pub struct Services {
     pub shims: Arc<Shims>,
     /// Facts of this node.
     pub node: Node,
+    /// Who watches.
+    pub events: crate::events::Events,
     /// What each OCI runtime can do, by its path.
     pub features: crate::features::Features,
 }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::SystemTime};
 use holdfast_protos::cri::{self, image_service_server::ImageService};
 use tonic::{Request, Response, Status};
 
-use super::{Answer, None, Service, convert, not_built};
+use super::{Answer, Service, convert, streams};
 use crate::{
     error::status as to_status,
     image::{Auth, Image},
@@ -17,7 +17,7 @@ fn image(image: &Arc<Image>) -> cri::Image {
         "" => (Some(cri::Int64Value { value: 0 }), String::new()),
         user => match user.parse::<u32>() {
             Ok(uid) => (Some(cri::Int64Value { value: uid.into() }), String::new()),
-            Err(_) => (Option::None, user.to_owned()),
+            Err(_) => (None, user.to_owned()),
         },
     };
     cri::Image {
@@ -39,7 +39,7 @@ fn image(image: &Arc<Image>) -> cri::Image {
 fn spec(spec: Option<cri::ImageSpec>) -> Result<String, Status> {
     match spec.map(|spec| spec.image).filter(|image| !image.is_empty()) {
         Some(image) => Ok(image),
-        Option::None => Err(Status::invalid_argument("image.image: it is required")),
+        None => Err(Status::invalid_argument("image.image: it is required")),
     }
 }
 
@@ -54,18 +54,24 @@ pub(super) fn auth(auth: cri::AuthConfig) -> Auth {
     }
 }
 
+impl Service {
+    fn select_images(&self, filter: Option<cri::ImageFilter>) -> Vec<Arc<Image>> {
+        let images = &self.pods.services().images;
+        let name = filter.and_then(|f| f.image).map(|spec| spec.image);
+        match name.filter(|name| !name.is_empty()) {
+            Some(name) => images.find(&name).into_iter().collect(),
+            None => images.list(),
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl ImageService for Service {
     async fn list_images(
         &self,
         request: Request<cri::ListImagesRequest>,
     ) -> Answer<cri::ListImagesResponse> {
-        let filter = request.into_inner().filter.and_then(|f| f.image).map(|spec| spec.image);
-        let images = &self.pods.services().images;
-        let found = match filter.filter(|image| !image.is_empty()) {
-            Some(name) => images.find(&name).into_iter().collect(),
-            Option::None => images.list(),
-        };
+        let found = self.select_images(request.into_inner().filter);
         Ok(Response::new(cri::ListImagesResponse { images: found.iter().map(image).collect() }))
     }
 
@@ -90,7 +96,7 @@ impl ImageService for Service {
         let request = request.into_inner();
         let name = spec(request.image)?;
         let images = &self.pods.services().images;
-        let image = images.pull(&name, request.auth.map(auth), Option::None).await;
+        let image = images.pull(&name, request.auth.map(auth), None).await;
         let image = image.map_err(|e| to_status(&e))?;
         Ok(Response::new(cri::PullImageResponse { image_ref: image.id.to_string() }))
     }
@@ -125,11 +131,14 @@ impl ImageService for Service {
         }))
     }
 
-    type StreamImagesStream = None<cri::StreamImagesResponse>;
+    type StreamImagesStream = streams::Answers<cri::StreamImagesResponse>;
     async fn stream_images(
         &self,
-        _: Request<cri::StreamImagesRequest>,
+        request: Request<cri::StreamImagesRequest>,
     ) -> Answer<Self::StreamImagesStream> {
-        not_built("StreamImages")
+        let found = self.select_images(request.into_inner().filter);
+        Ok(Response::new(streams::list(found, |chunk| cri::StreamImagesResponse {
+            images: chunk.iter().map(image).collect(),
+        })))
     }
 }

@@ -28,6 +28,7 @@ use super::{
 };
 use crate::{
     error::chain,
+    events::Kind,
     id::ContainerId,
     shims::Link,
     store::pods::{ContainerRecord, PodRecord},
@@ -464,8 +465,11 @@ impl Owner {
         Ok(())
     }
 
-    fn publish(&self) {
-        self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
+    /// Shows the new state to everybody, then tells what happened.
+    fn publish(&self, id: impl Into<String>, kind: Kind) {
+        let view = view_of(&self.record, &self.containers, self.gone);
+        self.view.send_replace(view.clone());
+        self.pods.services.events.send(id, kind, view);
     }
 
     async fn apply(&mut self, op: &Op, effect: Effect) -> Result<Answer, Error> {
@@ -483,7 +487,7 @@ impl Owner {
                     return Err(error);
                 }
                 self.connected(up.client);
-                self.publish();
+                self.publish(self.pod.id.clone(), Kind::Started);
                 info!(
                     name = %self.record.config.name,
                     namespace = %self.record.config.namespace,
@@ -497,7 +501,7 @@ impl Owner {
                 self.save_pod(record).await?;
                 self.link.send_replace(Link::Down);
                 self.stopping = false;
-                self.publish();
+                self.publish(self.pod.id.clone(), Kind::Stopped);
                 info!("pod is stopped");
             }
             Effect::Gone => {
@@ -514,7 +518,7 @@ impl Owner {
                 }
                 self.making.remove(op);
                 self.containers.insert(id.clone(), Container::new(*record));
-                self.publish();
+                self.publish(id.clone(), Kind::Created);
                 if let Some((at, how)) = self.early.remove(&id) {
                     self.exited(&id, at, how).await;
                 }
@@ -528,7 +532,7 @@ impl Owner {
                 self.containers.remove(&id);
                 self.early.remove(&id);
                 self.pods.index_mut().containers.remove(&id);
-                self.publish();
+                self.publish(id, Kind::Deleted);
             }
             Effect::Updated { id, resources } => {
                 if let Some(container) = self.containers.get_mut(&id) {
@@ -536,7 +540,8 @@ impl Owner {
                     record.config.resources = *resources;
                     services.store.put_container(&record).await?;
                     container.set(record);
-                    self.publish();
+                    // The CRI has no event for it: nothing began or ended.
+                    self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
                 }
             }
             Effect::Reaped => {}
@@ -564,7 +569,7 @@ impl Owner {
                 let mut record = (*self.record).clone();
                 record.state = PodState::NotReady;
                 self.save_pod(record).await?;
-                self.publish();
+                self.publish(self.pod.id.clone(), Kind::Stopped);
             }
             Effect::Closed => {
                 // A shim that is, or was, shut down closes; anything else is looked into.
@@ -605,7 +610,11 @@ impl Owner {
 
     fn forget(&mut self) {
         self.gone = true;
-        self.publish();
+        let last = self.view.borrow().clone();
+        for id in last.containers.keys() {
+            self.pods.services.events.send(id.clone(), Kind::Deleted, last.clone());
+        }
+        self.publish(self.pod.id.clone(), Kind::Deleted);
         self.pods.index_mut().forget(&self.pod.id);
     }
 
@@ -636,9 +645,13 @@ impl Owner {
             // Seen twice, settled once.
             Err(_) => return Ok(()),
         }
+        let kind = match record.state.is_exited() {
+            true => Kind::Stopped,
+            false => Kind::Started,
+        };
         self.pods.services.store.put_container(&record).await?;
         container.set(record);
-        self.publish();
+        self.publish(id.clone(), kind);
         Ok(())
     }
 
