@@ -4,9 +4,9 @@
 //! either end can be replaced by a foreign one. What our pair can do beyond the contract travels in
 //! the contract's own extension points ([`options`]) or over a private socket ([`control`]).
 //!
-//! - feature `client`: [`client`], [`events`] and [`control::Control`], used by the daemon;
+//! - feature `client`: [`client`], [`events`] and `control::Control`, used by the daemon;
 //! - feature `server`: everything behind the `containerd-shim-holdfast-v2` binary, entered by
-//!   `command_line::main`.
+//!   [`command_line::main`].
 //!
 //! Both ends agree on [`bundle`], [`options`], [`control`] and [`cgroup`].
 
@@ -21,15 +21,27 @@ pub mod client;
 #[cfg(feature = "client")]
 pub mod events;
 
-//mod bootstrap;
-//pub mod command_line;
-//mod log;
-//mod mounts;
-//mod namespaces;
-//mod pod;
-//mod pod_init;
-//mod process;
-//mod publish;
-//mod runtime;
-//mod server;
-//mod stdio;
+#[cfg(feature = "server")]
+mod bootstrap;
+#[cfg(feature = "server")]
+pub mod command_line;
+#[cfg(feature = "server")]
+mod log;
+#[cfg(feature = "server")]
+mod mounts;
+#[cfg(feature = "server")]
+mod namespaces;
+#[cfg(feature = "server")]
+mod pod;
+#[cfg(feature = "server")]
+mod pod_init;
+#[cfg(feature = "server")]
+mod process;
+#[cfg(feature = "server")]
+mod publish;
+#[cfg(feature = "server")]
+mod runtime;
+#[cfg(feature = "server")]
+mod server;
+#[cfg(feature = "server")]
+mod stdio;
