@@ -100,7 +100,12 @@ mod tests {
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        let found = scan().remove(&pod).unwrap();
+        // A process is there a moment before its environment is (execve(2)).
+        let found = loop {
+            if let Some(found) = scan().remove(&pod) {
+                break found;
+            }
+        };
         assert_eq!(found.len(), 1);
         let started = Instant::now();
         settle(found, started + Duration::from_millis(100)).await;

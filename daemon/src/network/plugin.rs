@@ -180,17 +180,7 @@ impl Plugins {
             // A directory with `:` in its name cannot be searched by plugins.
             dirs.first().map(|dir| dir.clone().into_os_string()).unwrap_or_default()
         });
-        // The service manager's sockets and the environment of an earlier call are not theirs.
-        let ours = |name: &OsString| {
-            let name = name.to_string_lossy();
-            name.starts_with("CNI_")
-                || name.starts_with("LISTEN_")
-                || matches!(&*name, "NOTIFY_SOCKET" | "WATCHDOG_PID" | "WATCHDOG_USEC")
-        };
-        let mut env: Vec<_> = std::env::vars_os().filter(|(name, _)| !ours(name)).collect();
-        if !env.iter().any(|(name, _)| name == "PATH") {
-            env.push(("PATH".into(), DEFAULT_PATH.into()));
-        }
+        let mut env = environment(std::env::vars_os());
         env.push(("CNI_PATH".into(), path));
         Self { dirs, env, versions: Mutex::default() }
     }
@@ -355,6 +345,22 @@ impl Plugins {
     }
 }
 
+/// What plugins get of the daemon's environment: all but the service manager's sockets and what
+/// belongs to a call of CNI.
+fn environment(ours: impl Iterator<Item = (OsString, OsString)>) -> Vec<(OsString, OsString)> {
+    let private = |name: &OsString| {
+        let name = name.to_string_lossy();
+        name.starts_with("CNI_")
+            || name.starts_with("LISTEN_")
+            || matches!(&*name, "NOTIFY_SOCKET" | "WATCHDOG_PID" | "WATCHDOG_USEC")
+    };
+    let mut env: Vec<_> = ours.filter(|(name, _)| !private(name)).collect();
+    if !env.iter().any(|(name, _)| name == "PATH") {
+        env.push(("PATH".into(), DEFAULT_PATH.into()));
+    }
+    env
+}
+
 fn wait_failed(error: io::Error) -> Failure {
     Failure::Wait(Arc::new(error))
 }
@@ -406,4 +412,32 @@ fn supported(answer: &[u8]) -> Option<Vec<Version>> {
     let value: serde_json::Value = serde_json::from_slice(answer).ok()?;
     let names = value.get("supportedVersions")?.as_array()?;
     Some(names.iter().filter_map(|name| Version::parse(name.as_str()?)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plugins_get_the_environment_but_not_what_is_the_daemons() {
+        let env = |text: &str| {
+            let pairs = text.split(' ').filter_map(|pair| pair.split_once('='));
+            let pairs = pairs.map(|(name, value)| (name.into(), value.into()));
+            let env = environment(pairs).into_iter();
+            let pairs = env.map(|(n, v)| format!("{}={}", n.display(), v.display()));
+            pairs.collect::<Vec<_>>().join(" ")
+        };
+        let ours = "A=1 NOTIFY_SOCKET=/x LISTEN_FDS=1 WATCHDOG_USEC=9 CNI_ARGS=x PATH=/bin LANG=C";
+        assert_eq!(env(ours), "A=1 PATH=/bin LANG=C");
+        assert_eq!(env("A=1"), format!("A=1 PATH={DEFAULT_PATH}"));
+    }
+
+    #[test]
+    fn only_versions_that_we_know_are_taken_from_an_answer() {
+        let answer = br#"{"cniVersion":"9.0.0","supportedVersions":["0.4.0","9.0.0",7]}"#;
+        assert_eq!(supported(answer), Some(vec![Version::V0_4_0]));
+        for bad in ["", "[]", "{}", r#"{"supportedVersions":"1.0.0"}"#] {
+            assert_eq!(supported(bad.as_bytes()), None, "{bad}");
+        }
+    }
 }
