@@ -238,7 +238,7 @@ pub(super) struct Pull {
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct Registry {
     /// Who to be at the registry
-    #[arg(long = "user", short, value_name = "USER[:PASSWORD]")]
+    #[arg(long = "user", short = 'u', value_name = "USER[:PASSWORD]")]
     pub(super) credentials: Option<String>,
     /// Read the password from stdin
     #[arg(long, requires = "credentials")]
@@ -267,7 +267,7 @@ pub(super) struct Inspect {
     #[arg(long, short, value_enum, default_value_t, value_name = "FORMAT")]
     pub(super) output: Document,
     /// What the names are of [default: a pod, else a container, else an image]
-    #[arg(long = "type", short, value_enum, value_name = "TYPE")]
+    #[arg(long = "type", short = 't', value_enum, value_name = "TYPE")]
     pub(super) kind: Option<Kind>,
     /// Names or ids
     #[arg(required = true, value_name = "NAME")]

@@ -403,7 +403,7 @@ impl ImageService for Fake {
         request: Request<cri::PullImageRequest>,
     ) -> Answer<cri::PullImageResponse> {
         let image = request.into_inner().image.unwrap().image;
-        self.call("CriPullImage", &image)?;
+        drop(self.call("CriPullImage", &image)?);
         Ok(Response::new(cri::PullImageResponse { image_ref: "sha256:c41".into() }))
     }
 
@@ -411,7 +411,7 @@ impl ImageService for Fake {
         &self,
         request: Request<cri::RemoveImageRequest>,
     ) -> Answer<cri::RemoveImageResponse> {
-        self.call("RemoveImage", &request.into_inner().image.unwrap().image)?;
+        drop(self.call("RemoveImage", &request.into_inner().image.unwrap().image)?);
         Ok(Response::new(cri::RemoveImageResponse {}))
     }
 
