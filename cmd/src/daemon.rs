@@ -28,9 +28,14 @@ const BLOCKING_THREADS: usize = 128;
 ///
 /// Pods outlive it: it can be stopped, upgraded or killed at any time without a container noticing.
 #[derive(Debug, Parser)]
-#[command(name = "holdfastd", version, max_term_width = 100, after_help = "\
+#[command(
+    name = "holdfastd",
+    version,
+    max_term_width = 100,
+    after_help = "\
 Exit codes: 0 after SIGTERM or SIGINT, 1 for a failure while running, 2 for a wrong command line or
-configuration.")]
+configuration."
+)]
 struct Args {
     /// Configuration file; FILE.d/*.toml are read over it [default: /etc/holdfast/config.toml, if it
     /// exists]
