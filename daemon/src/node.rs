@@ -254,9 +254,13 @@ impl Cgroup {
     fn discover() -> Result<Cgroup, Error> {
         let mountinfo = read_bytes("/proc/self/mountinfo")?;
         let mounts = parse_mountinfo(&mountinfo);
-        let v1: Vec<&MountInfo> = mounts.iter().filter(|m| m.fs_type == "cgroup").collect();
-        let v2 = mounts.iter().find(|m| m.fs_type == "cgroup2");
         let unified = Path::new("/sys/fs/cgroup");
+        // A hierarchy that somebody mounted elsewhere is not one that runtimes look at.
+        let v1: Vec<&MountInfo> = mounts
+            .iter()
+            .filter(|m| m.fs_type == "cgroup" && m.target.starts_with(unified))
+            .collect();
+        let v2 = mounts.iter().find(|m| m.fs_type == "cgroup2");
         let mode = match (v1.is_empty(), v2) {
             (true, _) => CgroupMode::V2,
             (false, Some(_)) => CgroupMode::Hybrid,

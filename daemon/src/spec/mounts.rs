@@ -194,7 +194,7 @@ impl Mounts {
             }
         }
         if mount.recursive_read_only {
-            if !input.features.mount_options.contains("rro") || input.node.kernel < (5, 12) {
+            if !input.features.recursive_read_only(input.node) {
                 return Err(lacking(
                     "recursive_read_only",
                     "it needs Linux 5.12 and an OCI runtime that knows rro".to_owned(),
@@ -271,11 +271,13 @@ fn base(input: &Input<'_>) -> Vec<OciMount> {
         pseudo("mqueue", "mqueue", "/dev/mqueue", &["nosuid", "noexec", "nodev"])
     });
     list.push(if user.is_some() && input.namespaces.net.is_none() {
-        plain_bind(
-            Path::new("/sys"),
-            "/sys".into(),
-            &["rbind", "rprivate", "nosuid", "noexec", "nodev", access],
-        )
+        // The node's whole /sys comes with its submounts: those are to be read-only as well.
+        let access = match access {
+            "ro" if input.features.recursive_read_only(input.node) => "rro",
+            other => other,
+        };
+        let options = ["rbind", "rprivate", "nosuid", "noexec", "nodev", access];
+        plain_bind(Path::new("/sys"), "/sys".into(), &options)
     } else {
         pseudo("sysfs", "sysfs", "/sys", &["nosuid", "noexec", "nodev", access])
     });
