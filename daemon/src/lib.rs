@@ -167,6 +167,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         server.abort();
     }
     pods.close().await;
+    pods.services().network.drain().await;
+    pods.services().images.shutdown().await;
     events.abort();
     // Nobody can connect any more; a client learns so at once.
     if let Err(error) = fs::remove_file(socket) {

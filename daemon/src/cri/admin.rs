@@ -55,7 +55,7 @@ impl Admin for Service {
         let last = flight.progress.clone();
         let steps = WatchStream::new(flight.progress).map(|p| Ok(progress(&p)));
         let done = futures::stream::once(async move {
-            let image = flight.done.await.map_err(|e| to_status(&*e))?;
+            let image = flight.done.await.map_err(|e| to_status(&e))?;
             let mut end = progress(&last.borrow());
             end.image_ref = image.id.to_string();
             Ok(end)

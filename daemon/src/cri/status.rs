@@ -133,7 +133,7 @@ pub(super) fn container_info(
 /// An image in full.
 pub(super) async fn image_info(services: &Services, image: &Arc<Image>) -> HashMap<String, String> {
     let config = services.images.raw_config(image).await.ok();
-    let config = config.and_then(|c| serde_json::from_slice::<serde_json::Value>(&c).ok());
-    let info = json!({ "imageSpec": config, "layers": image.layers.len() });
+    let config = config.and_then(|c| serde_json::from_str::<serde_json::Value>(&c).ok());
+    let info = json!({ "imageSpec": config, "layers": image.layers().len() });
     HashMap::from([("info".to_owned(), info.to_string())])
 }
