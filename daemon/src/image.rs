@@ -1,1 +1,754 @@
-//! image
+//! Images: pulling, unpacking, keeping, and the root file systems made from them.
+//!
+//! ```text
+//! <root>/layers/<number>      unpacked layers, in overlayfs form       (layers, unpack, tar)
+//! <root>/ingest/<number>      the same on their way                    (pull, registry, archive)
+//! <root>/snapshots/<id>       containers' writable layers              (snapshots, overlay)
+//! ```
+//! What exists is what the store says. Reads are answered from an immutable index in memory and
+//! wait for nothing. A pull is a task of its own: a caller that goes away does not end it, a caller
+//! that asks for the same joins it, with whatever credentials either has.
+//!
+//! Invariant: a record is written after what it names is on disk, and goes before it is removed.
+//! An image in the index is complete.
+//!
+//! Removing an image that a container uses succeeds: the image is gone from all lists at once, its
+//! layers stay until the last root file system on them is removed.
+
+pub mod archive;
+pub mod hosts;
+pub mod layers;
+pub mod manifest;
+pub mod overlay;
+pub mod pull;
+pub mod reference;
+pub mod registry;
+pub mod snapshots;
+pub mod stream;
+pub mod tar;
+pub mod tls;
+pub mod tree;
+pub mod unpack;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use futures::{FutureExt, future::BoxFuture};
+use tokio::sync::{oneshot, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::{
+    layers::{Layer, LayerId, Layers, Reap},
+    manifest::{Config, Platform},
+    reference::Reference,
+    registry::Registries,
+    snapshots::{Dirs, Snapshots},
+};
+pub use self::{
+    pull::{LayerProgress, Phase, Progress},
+    registry::Auth,
+    snapshots::{Mounted, Snapshot},
+};
+use crate::{
+    config,
+    error::{Kind, Kinded},
+    id::{ContainerId, Digest},
+    pod::config::{ImageDefaults, Map},
+    store::{
+        self, Store,
+        images::{ImageRecord, StoredImage},
+    },
+};
+
+/// Why images did not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The text is no reference.
+    #[error(transparent)]
+    Reference(#[from] reference::Invalid),
+    /// The text is no platform.
+    #[error("platform {0:?} is not valid: write os/architecture, as linux/amd64")]
+    Platform(String),
+    /// The state directory.
+    #[error("open image store {path}")]
+    Open {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A pull. Shared by all that joined it.
+    #[error("pull {reference}")]
+    Pull {
+        /// What was pulled.
+        reference: String,
+        /// Why it ended.
+        source: Arc<pull::Error>,
+    },
+    /// An import.
+    #[error("import image")]
+    Import(#[source] pull::Error),
+    /// The container's root file system was made from another image.
+    #[error("container {id} has a root file system from image {image}")]
+    OtherSnapshot {
+        /// The container.
+        id: ContainerId,
+        /// The image.
+        image: Digest,
+    },
+    /// The image was removed in the meantime.
+    #[error("image {0} is not here")]
+    Gone(Digest),
+    /// Directories of a root file system.
+    #[error("{doing} root file system of container {id}")]
+    Snapshot {
+        /// "make" or "remove".
+        doing: &'static str,
+        /// The container.
+        id: ContainerId,
+        /// Why.
+        source: io::Error,
+    },
+    /// The overlay mount.
+    #[error("mount overlay with {upper}")]
+    Mount {
+        /// Its writable layer.
+        upper: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The mount point.
+    #[error("attach root file system at {target}")]
+    Attach {
+        /// The mount point.
+        target: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The record.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The daemon ends.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+}
+
+/// The daemon ends, and what was asked for with it.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("the daemon is shutting down")]
+pub struct Stopped;
+
+impl Kinded for Error {
+    fn kind(&self) -> Kind {
+        let disk = |e: &io::Error| match e.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Exhausted,
+            _ => Kind::Internal,
+        };
+        match self {
+            Error::Reference(_) | Error::Platform(_) => Kind::Invalid,
+            Error::Pull { source, .. } => source.kind(),
+            Error::Import(source) => source.kind(),
+            Error::OtherSnapshot { .. } => Kind::AlreadyExists,
+            Error::Gone(_) => Kind::NotFound,
+            Error::Open { source, .. }
+            | Error::Snapshot { source, .. }
+            | Error::Mount { source, .. }
+            | Error::Attach { source, .. } => disk(source),
+            Error::Store(e) => e.kind(),
+            Error::Stopped(_) => Kind::Unavailable,
+        }
+    }
+}
+
+/// An image that is complete on this node.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Digest of its config: what the CRI calls image id and image ref.
+    pub id: Digest,
+    /// Tag references, normalised, sorted ("repo tags").
+    pub names: Vec<String>,
+    /// Digest references, normalised, sorted ("repo digests").
+    pub digests: Vec<String>,
+    /// Layers as they were sent, config and manifest, in bytes.
+    pub size: u64,
+    /// What containers inherit.
+    pub defaults: ImageDefaults,
+    /// The kubelet must not collect it.
+    pub pinned: bool,
+    /// Annotations of its manifest.
+    pub annotations: Map,
+    /// Whom it is for.
+    pub platform: Platform,
+    /// When it was made, as its config writes it; may be empty.
+    pub created: String,
+    /// When it came to this node.
+    pub added: SystemTime,
+    layers: Vec<Arc<Layer>>,
+}
+
+impl Image {
+    /// Its layers, from the bottom.
+    pub fn layers(&self) -> Vec<LayerId> {
+        self.layers.iter().map(|layer| layer.id()).collect()
+    }
+
+    /// Digests of its uncompressed layers, from the bottom.
+    pub fn diff_ids(&self) -> Vec<Digest> {
+        self.layers.iter().map(|layer| layer.diff_id.clone()).collect()
+    }
+}
+
+/// What the layers take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FsUsage {
+    /// Where they are.
+    pub mountpoint: PathBuf,
+    /// Bytes, by blocks of 4 KiB.
+    pub used_bytes: u64,
+    /// Files, directories and so on.
+    pub inodes_used: u64,
+}
+
+/// A pull that is under way.
+pub struct Flight {
+    /// How far it is. Closes when it ends.
+    pub progress: watch::Receiver<Progress>,
+    /// How it ends. Dropping it ends nothing.
+    pub done: BoxFuture<'static, Result<Arc<Image>, Error>>,
+}
+
+/// A handle to all images; clones share them.
+#[derive(Clone)]
+pub struct Images {
+    shared: Arc<Shared>,
+}
+
+type Outcome = Result<Arc<Image>, Arc<pull::Error>>;
+
+/// A flight as it is kept: all may wait for it.
+#[derive(Clone)]
+struct Running {
+    progress: watch::Receiver<Progress>,
+    done: futures::future::Shared<BoxFuture<'static, Outcome>>,
+}
+
+struct Shared {
+    root: PathBuf,
+    config: config::Images,
+    store: Store,
+    registries: Arc<Registries>,
+    layers: Layers,
+    snapshots: Snapshots,
+    index: ArcSwap<Index>,
+    /// Held over record and index, so that both change in the same order.
+    writer: tokio::sync::Mutex<()>,
+    /// By normalised reference and platform.
+    flights: Mutex<HashMap<(String, String), Running>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+/// What is visible. Never changed, only replaced.
+#[derive(Clone, Default)]
+struct Index {
+    images: BTreeMap<Digest, Arc<Image>>,
+    /// By tag and digest reference: the image, and what the registry said the name stands for.
+    names: HashMap<String, (Digest, String)>,
+}
+
+/// An image that is on disk and synced, to become visible.
+struct NewImage {
+    id: Digest,
+    config: Config,
+    config_bytes: Vec<u8>,
+    manifest: Option<(Digest, Vec<u8>)>,
+    annotations: Map,
+    size: u64,
+    layers: Vec<Arc<Layer>>,
+    names: Vec<(String, String)>,
+}
+
+impl Images {
+    /// Loads the records below `root`, and has removed what no record names: leftovers of a crash.
+    /// Leftovers that are mounted are kept: then records were lost, and containers live on.
+    pub async fn open(root: &Path, config: config::Images, store: Store) -> Result<Self, Error> {
+        let registries = Registries::new(config.clone());
+        Self::open_with(root, config, store, registries).await
+    }
+
+    async fn open_with(
+        root: &Path,
+        config: config::Images,
+        store: Store,
+        registries: Registries,
+    ) -> Result<Self, Error> {
+        let dirs = Dirs::new(root);
+        let stored = store.load_images().await?;
+        let named = stored.layers.iter().map(|layer| layer.number).collect::<HashSet<_>>();
+        let containers =
+            stored.snapshots.iter().map(|s| s.container.clone()).collect::<HashSet<_>>();
+        let found = {
+            let dirs = dirs.clone();
+            blocking(move || Found::look(&dirs, &named, &containers)).await?
+        };
+        let found = found.map_err(|source| Error::Open { path: root.to_owned(), source })?;
+        let layers = Layers::new(root, found.next, store.clone());
+        for path in found.leftovers {
+            tracing::info!(path = %path.display(), "leftover is removed");
+            layers.reap(Reap::Path(path));
+        }
+
+        let mut restored = HashMap::new();
+        for record in stored.layers {
+            if found.missing.contains(&record.number) {
+                continue;
+            }
+            let Ok(diff_id) = record.diff_id.parse::<Digest>() else { continue };
+            restored.insert(record.number, layers.restore(record, diff_id));
+        }
+        let mut index = Index::default();
+        for image in stored.images {
+            let id = image.id.clone();
+            match restore(image, &restored) {
+                Some((image, names)) => {
+                    for (name, target) in names {
+                        index.names.insert(name, (image.id.clone(), target));
+                    }
+                    index.images.insert(image.id.clone(), Arc::new(image));
+                }
+                None => {
+                    // Nothing incomplete is shown; the next pull brings it back.
+                    tracing::error!(image = id, "image is incomplete on disk and is forgotten");
+                    if let Ok(id) = id.parse() {
+                        store.remove_image(&id).await?;
+                    }
+                }
+            }
+        }
+        let snapshots = Snapshots::new(dirs, store.clone());
+        for snapshot in stored.snapshots {
+            let held: Option<Vec<_>> =
+                snapshot.layers.iter().map(|number| restored.get(number).cloned()).collect();
+            let (Ok(id), Ok(image)) = (snapshot.container.parse(), snapshot.image.parse()) else {
+                continue;
+            };
+            if held.is_none() {
+                tracing::error!(container = %id, "root file system has lost layers");
+            }
+            snapshots.restore(id, image, held.unwrap_or_default());
+        }
+        Ok(Self {
+            shared: Arc::new(Shared {
+                root: root.to_owned(),
+                config,
+                store,
+                registries: Arc::new(registries),
+                layers,
+                snapshots,
+                index: ArcSwap::from_pointee(index),
+                writer: tokio::sync::Mutex::default(),
+                flights: Mutex::default(),
+                tasks: TaskTracker::new(),
+                stop: CancellationToken::new(),
+            }),
+        })
+    }
+
+    /// Pulls an image, or joins a pull of it that is under way. `platform` is
+    /// "os/architecture[/variant]"; `None`: the node's. Dropping the future does not end the pull.
+    pub async fn pull(
+        &self,
+        reference: &str,
+        auth: Option<Auth>,
+        platform: Option<&str>,
+    ) -> Result<Arc<Image>, Error> {
+        self.pull_with_progress(reference, auth, platform)?.done.await
+    }
+
+    /// The same, watched. Must be called in the daemon's runtime.
+    pub fn pull_with_progress(
+        &self,
+        reference: &str,
+        auth: Option<Auth>,
+        platform: Option<&str>,
+    ) -> Result<Flight, Error> {
+        let reference: Reference = reference.parse()?;
+        let platform = match platform {
+            None | Some("") => Platform::node(),
+            Some(text) => {
+                Platform::parse(text).ok_or_else(|| Error::Platform(text.to_owned()))?
+            }
+        };
+        let text = reference.to_string();
+        let key = (text.clone(), platform.to_string());
+        let running = {
+            let mut flights = self.shared.flights.lock().expect("no panic while it is held");
+            match flights.get(&key) {
+                Some(running) => running.clone(),
+                None => {
+                    let running = self.shared.clone().take_off(key.clone(), reference, auth, platform);
+                    flights.insert(key, running.clone());
+                    running
+                }
+            }
+        };
+        let done = running.done;
+        let done = async move {
+            done.await.map_err(|source| Error::Pull { reference: text, source })
+        };
+        Ok(Flight { progress: running.progress, done: done.boxed() })
+    }
+
+    /// All images, by id. Waits for nothing.
+    pub fn list(&self) -> Vec<Arc<Image>> {
+        self.shared.index.load().images.values().cloned().collect()
+    }
+
+    /// The image that a text means: an id with or without "sha256:", a reference in any form that
+    /// [`Reference`] takes, or a prefix of an id, of 6 digits or more, that no other id has.
+    pub fn find(&self, any: &str) -> Option<Arc<Image>> {
+        let index = self.shared.index.load();
+        if let Ok(id) = any.parse::<Digest>() {
+            return index.images.get(&id).cloned();
+        }
+        if let Ok(id) = format!("sha256:{any}").parse::<Digest>() {
+            return index.images.get(&id).cloned();
+        }
+        if let Ok(reference) = any.parse::<Reference>()
+            && let Some((id, _)) = index.names.get(&reference.to_string())
+        {
+            return index.images.get(id).cloned();
+        }
+        let prefix = any.strip_prefix("sha256:").unwrap_or(any);
+        if prefix.len() < 6 || !prefix.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        let mut matching =
+            index.images.values().filter(|image| image.id.hex().starts_with(prefix));
+        let found = matching.next()?;
+        matching.next().is_none().then(|| found.clone())
+    }
+
+    /// Removes an image with all its names, by any text that [`Images::find`] takes. That it is
+    /// not here is no error. Containers made from it keep its layers.
+    pub async fn remove(&self, any: &str) -> Result<(), Error> {
+        let Some(image) = self.find(any) else { return Ok(()) };
+        let shared = self.shared.clone();
+        // Not ended by a caller that goes away between record and index.
+        let id = image.id.clone();
+        // The caller's own handle must not keep the layers.
+        drop(image);
+        joined(self.shared.tasks.spawn(async move {
+            let _writer = shared.writer.lock().await;
+            shared.store.remove_image(&id).await?;
+            let mut index = Index::clone(&shared.index.load());
+            index.images.remove(&id);
+            index.names.retain(|_, (image, _)| *image != id);
+            shared.index.store(Arc::new(index));
+            Ok(())
+        }))
+        .await?
+    }
+
+    /// Imports the images of a tar archive (OCI layout, or what `docker save` writes), which may be
+    /// compressed. `name` is for an image that has none in the archive.
+    pub async fn import(
+        &self,
+        archive: impl tokio::io::AsyncRead + Send + Unpin + 'static,
+        name: Option<&str>,
+    ) -> Result<Vec<Arc<Image>>, Error> {
+        let name = name.map(str::parse::<Reference>).transpose()?;
+        let result = archive::import(&self.shared, archive, name).await;
+        if result.is_err() {
+            self.shared.layers.flush().await;
+        }
+        result.map_err(Error::Import)
+    }
+
+    /// What all layers take: kept counters.
+    pub fn fs_usage(&self) -> FsUsage {
+        let (used_bytes, inodes_used) = self.shared.layers.usage();
+        FsUsage { mountpoint: self.shared.root.clone(), used_bytes, inodes_used }
+    }
+
+    /// The config of an image as it was sent.
+    pub async fn raw_config(&self, image: &Image) -> Result<String, Error> {
+        let documents = self.shared.store.image_documents(&image.id).await?;
+        let (_, config) = documents.ok_or_else(|| Error::Gone(image.id.clone()))?;
+        Ok(String::from_utf8_lossy(&config).into_owned())
+    }
+
+    /// Makes the root file system of a container. Doing it again gives the same one.
+    pub async fn create_snapshot(&self, id: &ContainerId, image: &Image) -> Result<Snapshot, Error> {
+        let (shared, id) = (self.shared.clone(), id.clone());
+        let (image, layers) = (image.id.clone(), image.layers.clone());
+        joined(
+            self.shared
+                .tasks
+                .spawn(async move { shared.snapshots.create(&id, &image, layers).await }),
+        )
+        .await?
+    }
+
+    /// The root file system of a container.
+    pub fn snapshot(&self, id: &ContainerId) -> Option<Snapshot> {
+        self.shared.snapshots.get(id)
+    }
+
+    /// Removes the root file system of a container, which must be unmounted. That there is none is
+    /// no error.
+    pub async fn remove_snapshot(&self, id: &ContainerId) -> Result<(), Error> {
+        let (shared, id) = (self.shared.clone(), id.clone());
+        joined(self.shared.tasks.spawn(async move { shared.snapshots.remove(&id).await })).await?
+    }
+
+    /// Containers that have a root file system.
+    pub fn snapshots(&self) -> Vec<ContainerId> {
+        self.shared.snapshots.ids()
+    }
+
+    /// Ends all pulls and waits for what must not be interrupted.
+    pub async fn shutdown(&self) {
+        self.shared.stop.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+        self.shared.layers.flush().await;
+    }
+
+    /// Waits until what was let go so far is removed from the disk.
+    #[doc(hidden)]
+    pub async fn flush(&self) {
+        self.shared.layers.flush().await;
+    }
+}
+
+impl Shared {
+    /// Starts a pull. It removes itself from the flights when it ends.
+    fn take_off(
+        self: Arc<Self>,
+        key: (String, String),
+        reference: Reference,
+        auth: Option<Auth>,
+        platform: Platform,
+    ) -> Running {
+        let (progress, watched) = watch::channel(Progress::default());
+        let (landed, done) = oneshot::channel();
+        let shared = self.clone();
+        self.tasks.spawn(async move {
+            let landing = Landing { shared: shared.clone(), key };
+            let outcome = tokio::select! {
+                biased;
+                // First: a daemon that ends does not begin anything.
+                () = shared.stop.cancelled() => Err(pull::Error::Stopped(Stopped)),
+                outcome = pull::pull(&shared, &reference, auth.as_ref(), &platform, &progress) => outcome,
+            };
+            match &outcome {
+                Ok(image) => tracing::info!(%reference, image = %image.id, "image pulled"),
+                // Nothing is left behind when the caller hears of it.
+                Err(_) => shared.layers.flush().await,
+            }
+            drop(landing);
+            let _ = landed.send(outcome.map_err(Arc::new));
+        });
+        let done = async move {
+            done.await.unwrap_or_else(|_| Err(Arc::new(pull::Error::Stopped(Stopped))))
+        };
+        Running { progress: watched, done: done.boxed().shared() }
+    }
+
+    fn named(&self, name: &str) -> Option<(Arc<Image>, String)> {
+        let index = self.index.load();
+        let (id, target) = index.names.get(name)?;
+        Some((index.images.get(id)?.clone(), target.clone()))
+    }
+
+    /// Syncs an image's layers to disk and makes it visible. Runs to its end even if the caller
+    /// goes away.
+    async fn commit(self: &Arc<Self>, new: NewImage) -> Result<Arc<Image>, pull::Error> {
+        let shared = self.clone();
+        joined(self.tasks.spawn(async move {
+            let syncing = shared.clone();
+            blocking(move || syncing.layers.sync()).await?.map_err(pull::Error::Sync)?;
+            let _writer = shared.writer.lock().await;
+            shared.record(new).await
+        }))
+        .await?
+    }
+
+    async fn record(&self, new: NewImage) -> Result<Arc<Image>, pull::Error> {
+        let mut index = Index::clone(&self.index.load());
+        let added = SystemTime::now();
+        let mut image = match index.images.get(&new.id) {
+            // The same image by another name; its layers are those it has.
+            Some(image) => Image::clone(image),
+            None => Image {
+                id: new.id.clone(),
+                names: Vec::new(),
+                digests: Vec::new(),
+                size: new.size,
+                defaults: new.config.defaults,
+                pinned: false,
+                annotations: new.annotations.clone(),
+                platform: new.config.platform,
+                created: new.config.created,
+                added,
+                layers: new.layers,
+            },
+        };
+        let (manifest, manifest_bytes) = new.manifest.unzip();
+        let record = ImageRecord {
+            size: new.size,
+            manifest: manifest.map(|digest| digest.to_string()).unwrap_or_default(),
+            annotations: new.annotations,
+            pinned: false,
+            added: added.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        };
+        let layers = image.layers.iter().map(|layer| layer.record.clone()).collect();
+        self.store
+            .add_image(
+                &new.id,
+                record,
+                manifest_bytes.unwrap_or_default(),
+                new.config_bytes,
+                layers,
+                new.names.clone(),
+            )
+            .await?;
+        for (name, target) in new.names {
+            let before = index.names.insert(name.clone(), (new.id.clone(), target));
+            if let Some((other, _)) = before
+                && other != new.id
+                && let Some(loser) = index.images.get(&other)
+            {
+                let mut loser = Image::clone(loser);
+                loser.names.retain(|n| *n != name);
+                loser.digests.retain(|n| *n != name);
+                index.images.insert(other, Arc::new(loser));
+            }
+            let names = if name.contains('@') { &mut image.digests } else { &mut image.names };
+            if let Err(at) = names.binary_search(&name) {
+                names.insert(at, name);
+            }
+        }
+        let image = Arc::new(image);
+        index.images.insert(new.id, image.clone());
+        self.index.store(Arc::new(index));
+        Ok(image)
+    }
+}
+
+/// Takes a flight off the list, also when its task panics.
+struct Landing {
+    shared: Arc<Shared>,
+    key: (String, String),
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.shared.flights.lock().expect("no panic while it is held").remove(&self.key);
+    }
+}
+
+/// An image from its record, or `None` if a layer is missing or the record is not understood.
+fn restore(
+    stored: StoredImage,
+    layers: &HashMap<LayerId, Arc<Layer>>,
+) -> Option<(Image, Vec<(String, String)>)> {
+    let config = Config::parse(&stored.config).ok()?;
+    let (digests, names) =
+        stored.names.iter().map(|(name, _)| name.clone()).partition(|name| name.contains('@'));
+    let image = Image {
+        id: stored.id.parse().ok()?,
+        names,
+        digests,
+        size: stored.record.size,
+        defaults: config.defaults,
+        pinned: stored.record.pinned,
+        annotations: stored.record.annotations,
+        platform: config.platform,
+        created: config.created,
+        added: UNIX_EPOCH + std::time::Duration::from_secs(stored.record.added),
+        layers: stored
+            .layers
+            .iter()
+            .map(|number| layers.get(number).cloned())
+            .collect::<Option<_>>()?,
+    };
+    Some((image, stored.names))
+}
+
+/// What is on disk, compared with the records.
+struct Found {
+    /// First free number.
+    next: u64,
+    /// Directories that no record names and nobody has mounted.
+    leftovers: Vec<PathBuf>,
+    /// Recorded layers without a directory.
+    missing: HashSet<u64>,
+}
+
+impl Found {
+    fn look(dirs: &Dirs, named: &HashSet<u64>, containers: &HashSet<String>) -> io::Result<Self> {
+        dirs.create()?;
+        let on_disk: HashSet<u64> = layers::numbered(&dirs.layers())?.into_iter().collect();
+        let ingest = layers::numbered(&dirs.ingest())?;
+        let next = named.iter().chain(&on_disk).chain(&ingest).max().map_or(1, |n| n + 1);
+        let mut leftovers = Vec::new();
+        for entry in std::fs::read_dir(dirs.ingest())? {
+            leftovers.push(entry?.path());
+        }
+        let unnamed = on_disk.difference(named).map(|n| dirs.layers().join(n.to_string()));
+        let mut suspects: Vec<PathBuf> = unnamed.collect();
+        for entry in std::fs::read_dir(dirs.snapshots())? {
+            let entry = entry?;
+            if !entry.file_name().to_str().is_some_and(|name| containers.contains(name)) {
+                suspects.push(entry.path());
+            }
+        }
+        if !suspects.is_empty() {
+            let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+            suspects.retain(|path| !is_mounted(&mounts, path));
+            leftovers.append(&mut suspects);
+        }
+        let missing = named.difference(&on_disk).copied().collect();
+        Ok(Self { next, leftovers, missing })
+    }
+}
+
+/// Whether an overlay mount uses `path` or something below it.
+fn is_mounted(mountinfo: &str, path: &Path) -> bool {
+    let path = path.to_string_lossy();
+    mountinfo.lines().filter(|line| line.contains(" - overlay ")).any(|line| {
+        line.match_indices(&*path).any(|(at, found)| {
+            let next = line[at + found.len()..].chars().next();
+            matches!(next, None | Some(':' | ',' | '/' | ' '))
+        })
+    })
+}
+
+/// Runs blocking work; it runs to its end even if the caller goes away.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Stopped> {
+    joined(tokio::task::spawn_blocking(work)).await
+}
+
+/// The result of a task. Its panic is ours; that it was cancelled means the runtime ends.
+async fn joined<T>(task: tokio::task::JoinHandle<T>) -> Result<T, Stopped> {
+    match task.await {
+        Ok(result) => Ok(result),
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(Stopped),
+        },
+    }
+}

@@ -1,0 +1,5 @@
+//! The real shim binary with real OCI runtimes. Needs root, runc, crun and busybox-static.
+
+mod hybrid;
+mod main_path;
+mod node;

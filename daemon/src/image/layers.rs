@@ -1,0 +1,559 @@
+//! Layers on disk and their lifetime.
+//!
+//! A layer is the directory `layers/<number>`. Numbers are short, so that hundreds of layers fit in
+//! the options of a mount, and are never used twice. A layer lives as long as somebody holds its
+//! [`Layer`]: an image, a snapshot, a pull that is under way. When the last one lets go, the reaper
+//! asks the store whether a record still names it, and if not removes first the row and then the
+//! directory. So "is it still needed" and "forget it" are one transaction.
+//!
+//! ```text
+//! ingest/<number>  --unpacked, fitted-->  layers/<number>  --syncfs, transaction-->  recorded
+//! ```
+//! A crash leaves directories without a row; `Images::open` gives them to the reaper.
+//!
+//! A layer whose archive lists each directory it uses is good on any layers below it. One that
+//! implies directories ([`super::unpack`]) is fitted to the layers below, and kept for that chain
+//! only: on overlayfs those directories would hide owner, mode and attributes of the ones below,
+//! and one where the layers below have a symbolic link (lib -> usr/lib) would hide that.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    ffi::{OsStr, OsString},
+    fmt, io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::{OsStrExt, OsStringExt},
+    },
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use rustix::{
+    fs::{
+        AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid,
+        XattrFlags,
+    },
+    io::Errno,
+};
+use sha2::{Digest as _, Sha256};
+use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
+
+use super::{
+    overlay::Overlay,
+    tree,
+    unpack::{self, Unpacked},
+};
+use crate::{
+    id::Digest,
+    store::{Store, images::LayerRecord},
+};
+
+/// What names a layer in records: its directory in `layers`.
+pub type LayerId = u64;
+
+/// A layer on disk. Dropping the last handle of one that no record names removes it.
+pub struct Layer {
+    pub(super) record: LayerRecord,
+    pub(super) diff_id: Digest,
+    shared: Arc<Shared>,
+}
+
+impl Layer {
+    /// Its number.
+    pub fn id(&self) -> LayerId {
+        self.record.number
+    }
+    /// Its directory.
+    pub fn path(&self) -> PathBuf {
+        self.shared.layers.join(self.record.number.to_string())
+    }
+}
+
+impl fmt::Debug for Layer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "layer {} ({})", self.record.number, self.diff_id)
+    }
+}
+
+impl Drop for Layer {
+    fn drop(&mut self) {
+        self.shared.bytes.fetch_sub(self.record.bytes, Ordering::Relaxed);
+        self.shared.inodes.fetch_sub(self.record.inodes, Ordering::Relaxed);
+        self.shared.reap(Reap::Layer(self.record.number));
+    }
+}
+
+/// An unpacked layer that is not in its place yet. Dropping it removes it.
+pub struct Staged {
+    number: u64,
+    diff_id: Digest,
+    unpacked: Unpacked,
+    shared: Arc<Shared>,
+    placed: bool,
+}
+
+impl Staged {
+    /// Whether it must be fitted to the layers below.
+    pub fn depends_on_parents(&self) -> bool {
+        !self.unpacked.implied.is_empty()
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        if !self.placed {
+            self.shared.reap(Reap::Path(self.shared.ingest.join(self.number.to_string())));
+        }
+    }
+}
+
+/// A place for a layer to be unpacked at. Dropping it removes what is there.
+pub struct Slot(Staged);
+
+impl Slot {
+    /// Where; does not exist yet.
+    pub fn path(&self) -> PathBuf {
+        self.0.shared.ingest.join(self.0.number.to_string())
+    }
+    /// The layer is there.
+    pub fn filled(mut self, unpacked: Unpacked) -> Staged {
+        self.0.unpacked = unpacked;
+        self.0
+    }
+}
+
+/// All layers.
+pub struct Layers {
+    shared: Arc<Shared>,
+    next: AtomicU64,
+    /// By diff id and, for fitted ones, chain id of the layers below.
+    known: Mutex<HashMap<(Digest, String), Weak<Layer>>>,
+    /// One download and unpack at a time of each diff id, whoever asks.
+    busy: Mutex<HashMap<Digest, Weak<tokio::sync::Mutex<()>>>>,
+}
+
+struct Shared {
+    layers: PathBuf,
+    ingest: PathBuf,
+    bytes: AtomicU64,
+    inodes: AtomicU64,
+    /// Unbounded, as `Drop` cannot wait; it holds at most what exists on disk.
+    reaper: mpsc::UnboundedSender<Reap>,
+}
+
+impl Shared {
+    fn reap(&self, what: Reap) {
+        // The reaper ends with the runtime; the next start finds what is left.
+        let _ = self.reaper.send(what);
+    }
+}
+
+/// Work of the reaper.
+pub(super) enum Reap {
+    /// Nobody in this process holds it any more.
+    Layer(u64),
+    /// A directory that no record names.
+    Path(PathBuf),
+    /// Answer when all that came before is done.
+    Flush(oneshot::Sender<()>),
+}
+
+impl Layers {
+    /// `next` is the first free number. Starts the reaper.
+    pub fn new(root: &Path, next: u64, store: Store) -> Self {
+        let (reaper, queue) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            layers: root.join("layers"),
+            ingest: root.join("ingest"),
+            bytes: AtomicU64::new(0),
+            inodes: AtomicU64::new(0),
+            reaper,
+        });
+        tokio::spawn(reap(queue, shared.layers.clone(), store));
+        Self {
+            shared,
+            next: AtomicU64::new(next),
+            known: Mutex::default(),
+            busy: Mutex::default(),
+        }
+    }
+
+    /// Bytes and inodes of all layers.
+    pub fn usage(&self) -> (u64, u64) {
+        let Shared { bytes, inodes, .. } = &*self.shared;
+        (bytes.load(Ordering::Relaxed), inodes.load(Ordering::Relaxed))
+    }
+
+    /// Scratch space on the layers' file system.
+    pub fn ingest(&self) -> &Path {
+        &self.shared.ingest
+    }
+
+    pub(super) fn reap(&self, what: Reap) {
+        self.shared.reap(what);
+    }
+
+    /// Waits until all that was let go so far is removed.
+    pub async fn flush(&self) {
+        let (tx, rx) = oneshot::channel();
+        self.shared.reap(Reap::Flush(tx));
+        // An error means that the reaper is gone with the runtime.
+        let _ = rx.await;
+    }
+
+    /// A layer that a record names.
+    pub fn restore(&self, record: LayerRecord, diff_id: Digest) -> Arc<Layer> {
+        self.shared.bytes.fetch_add(record.bytes, Ordering::Relaxed);
+        self.shared.inodes.fetch_add(record.inodes, Ordering::Relaxed);
+        let key = (diff_id.clone(), record.chain.clone());
+        let layer = Arc::new(Layer { record, diff_id, shared: self.shared.clone() });
+        let mut known = self.known.lock().expect("no panic while it is held");
+        known.retain(|_, layer| layer.strong_count() > 0);
+        known.insert(key, Arc::downgrade(&layer));
+        layer
+    }
+
+    /// The layer if it is here, for any layers below it or for those of `below` ([`chain_id`]).
+    pub fn find(&self, diff_id: &Digest, below: &str) -> Option<Arc<Layer>> {
+        let known = self.known.lock().expect("no panic while it is held");
+        let get = |chain: &str| known.get(&(diff_id.clone(), chain.to_owned()))?.upgrade();
+        get("").or_else(|| get(below))
+    }
+
+    /// Waits until nobody else fetches this layer.
+    pub async fn lock(&self, diff_id: &Digest) -> OwnedMutexGuard<()> {
+        let mutex = {
+            let mut busy = self.busy.lock().expect("no panic while it is held");
+            busy.retain(|_, mutex| mutex.strong_count() > 0);
+            match busy.get(diff_id).and_then(Weak::upgrade) {
+                Some(mutex) => mutex,
+                None => {
+                    let mutex = Arc::default();
+                    busy.insert(diff_id.clone(), Arc::downgrade(&mutex));
+                    mutex
+                }
+            }
+        };
+        mutex.lock_owned().await
+    }
+
+    /// A place to unpack a layer at.
+    pub fn slot(&self, diff_id: Digest) -> Slot {
+        Slot(Staged {
+            number: self.number(),
+            diff_id,
+            unpacked: Unpacked::default(),
+            shared: self.shared.clone(),
+            placed: false,
+        })
+    }
+
+    /// A number that nothing else has.
+    pub fn number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Moves a layer to its place, fitted to `below` (from the bottom) if it must be. Blocks.
+    /// It is not yet synced, and not recorded.
+    pub fn place(&self, mut staged: Staged, below: &[Arc<Layer>]) -> io::Result<Arc<Layer>> {
+        let from = self.shared.ingest.join(staged.number.to_string());
+        let mut chain = String::new();
+        if staged.depends_on_parents() {
+            chain = chain_id(below.iter().map(|layer| &layer.diff_id));
+            fit(&from, &staged.unpacked.implied, below, &self.shared.ingest)?;
+        }
+        std::fs::rename(&from, self.shared.layers.join(staged.number.to_string()))?;
+        staged.placed = true;
+        let record = LayerRecord {
+            number: staged.number,
+            diff_id: staged.diff_id.to_string(),
+            chain,
+            bytes: staged.unpacked.bytes,
+            inodes: staged.unpacked.inodes,
+            root_listed: staged.unpacked.root_listed,
+        };
+        Ok(self.restore(record, staged.diff_id.clone()))
+    }
+
+    /// Puts everything that was placed so far on disk. Blocks for as long as the disk takes.
+    /// One call for a whole image: fsync of each file would cost a journal commit each.
+    pub fn sync(&self) -> io::Result<()> {
+        let root = unpack::open_root(&self.shared.layers)?;
+        Ok(rustix::fs::syncfs(root)?)
+    }
+}
+
+/// Names a chain of layers from the bottom (image-spec config.md "Layer ChainID"); "none" for none.
+pub fn chain_id<'a>(diff_ids: impl Iterator<Item = &'a Digest>) -> String {
+    let mut chain: Option<String> = None;
+    for diff_id in diff_ids {
+        chain = Some(match chain {
+            None => diff_id.to_string(),
+            Some(below) => {
+                let hash = Sha256::digest(format!("{below} {diff_id}"));
+                Digest::from_sha256(hash.into()).to_string()
+            }
+        });
+    }
+    chain.unwrap_or_else(|| "none".to_owned())
+}
+
+/// The names of a chain's directories as overlayfs wants them: from the top, each once. A layer
+/// that occurs twice hides its lower self: all that it has is there above.
+pub fn lowers(layers: &[Arc<Layer>]) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    layers
+        .iter()
+        .rev()
+        .filter(|layer| seen.insert(layer.record.number))
+        .map(|layer| layer.record.number.to_string())
+        .collect()
+}
+
+async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, layers: PathBuf, store: Store) {
+    while let Some(work) = queue.recv().await {
+        let path = match work {
+            Reap::Flush(done) => {
+                let _ = done.send(());
+                continue;
+            }
+            Reap::Path(path) => path,
+            Reap::Layer(number) => match store.forget_layer(number).await {
+                Ok(true) => layers.join(number.to_string()),
+                Ok(false) => continue,
+                Err(error) => {
+                    // It stays for the next start.
+                    tracing::warn!(number, error = crate::error::chain(&error), "layer not removed");
+                    continue;
+                }
+            },
+        };
+        let removed = tokio::task::spawn_blocking({
+            let path = path.clone();
+            move || tree::remove(&path)
+        })
+        .await;
+        match removed {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(path = %path.display(), %error, "leftover not removed"),
+            // The runtime is going down.
+            Err(_) => return,
+        }
+    }
+}
+
+// ---- fitting a layer to those below -------------------------------------------------------------
+
+/// Gives the implied directories of the layer at `layer` what the layers below say of them.
+fn fit(layer: &Path, implied: &[PathBuf], below: &[Arc<Layer>], scratch: &Path) -> io::Result<()> {
+    let names = lowers(below);
+    let lower = match names.as_slice() {
+        [] => return Ok(()),
+        // overlayfs wants two.
+        [_] => unpack::open_root(&below[0].path())?,
+        names => {
+            let layers = &below[0].shared.layers;
+            Overlay { layers, lowers: names, writable: None, readonly: true }.mount(scratch)?
+        }
+    };
+    let layer = unpack::open_root(layer)?;
+    let unlisted: BTreeSet<&Path> = implied.iter().map(PathBuf::as_path).collect();
+    let mut moves: Vec<(PathBuf, PathBuf)> = Vec::new();
+    let mut like_below: BTreeSet<PathBuf> = BTreeSet::new();
+    'implied: for original in implied {
+        let mut path = original.clone();
+        for (from, to) in &moves {
+            if let Ok(rest) = path.strip_prefix(from) {
+                path = to.join(rest);
+            }
+        }
+        let mut at = PathBuf::new();
+        for name in path.components() {
+            at.push(name);
+            if is_opaque(&layer, &at)? {
+                continue 'implied;
+            }
+            let Some(stat) = stat_beneath(&lower, &at)? else { continue 'implied };
+            match FileType::from_raw_mode(stat.st_mode) {
+                FileType::Directory => {}
+                // Directories come before what is in them: this is the implied one itself.
+                FileType::Symlink if unlisted.contains(&*at) => {
+                    if let Some(real) = real_directory(&lower, &at)?
+                        && relocate(&layer, &at, &real, &mut like_below)?
+                    {
+                        moves.push((at, real));
+                    }
+                    continue 'implied;
+                }
+                // New in this layer, whatever was below.
+                _ => continue 'implied,
+            }
+        }
+        like_below.insert(path);
+    }
+    // Last, as all of the above changes times.
+    for path in like_below {
+        let (from, to) = (open(&lower, &path)?, open(&layer, &path)?);
+        copy_attributes(&from, &to)?;
+    }
+    Ok(())
+}
+
+/// Where the link at `path` leads inside `root`, if that is a directory.
+fn real_directory(root: &OwnedFd, path: &Path) -> io::Result<Option<PathBuf>> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    let fd = match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+        Err(e) => return Err(e.into()),
+    };
+    let name = |fd: BorrowedFd<'_>| {
+        use std::os::fd::AsRawFd;
+        std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+    };
+    let (base, full) = (name(root.as_fd())?, name(fd.as_fd())?);
+    Ok(full
+        .strip_prefix(&base)
+        .ok()
+        .filter(|real| !real.as_os_str().is_empty())
+        .map(Path::to_owned))
+}
+
+/// Moves what the layer has at `from` to `to`, whose missing directories are made. False, and
+/// nothing done, if something else is in the way there.
+fn relocate(
+    layer: &OwnedFd,
+    from: &Path,
+    to: &Path,
+    like_below: &mut BTreeSet<PathBuf>,
+) -> io::Result<bool> {
+    let mut at = PathBuf::new();
+    let mut missing = Vec::new();
+    for name in to.components() {
+        at.push(name);
+        if at == from {
+            return Ok(false);
+        }
+        match stat_beneath(layer, &at)? {
+            None => missing.push(at.clone()),
+            Some(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {}
+            Some(_) => return Ok(false),
+        }
+    }
+    for path in missing {
+        rustix::fs::mkdirat(layer, &path, Mode::RWXU)?;
+        like_below.insert(path);
+    }
+    merge(&open(layer, from)?, &open(layer, to)?)?;
+    rustix::fs::unlinkat(layer, from, AtFlags::REMOVEDIR)?;
+    Ok(true)
+}
+
+/// Moves the entries of one directory into another; of two of a name the moved one wins, except
+/// that directories are merged. Depth is bounded by that of a layer.
+fn merge(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
+    for (name, _) in tree::names(from.as_fd())? {
+        let directory = |at: &OwnedFd| match rustix::fs::statat(at, &name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode) == FileType::Directory)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(e),
+        };
+        match (directory(from)?, directory(to)?) {
+            (Some(true), Some(true)) => {
+                let name: &Path = name.as_ref();
+                merge(&open(from, name)?, &open(to, name)?)?;
+                rustix::fs::unlinkat(from, name, AtFlags::REMOVEDIR)?;
+                continue;
+            }
+            (_, Some(_)) => tree::remove_at(to.as_fd(), &name)?,
+            (_, None) => {}
+        }
+        rustix::fs::renameat(from, &name, to, &name)?;
+    }
+    Ok(())
+}
+
+fn open(root: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    Ok(rustix::fs::openat2(root, path, flags, Mode::empty(), resolve)?)
+}
+
+/// Of the last part itself, links on the way are "not there".
+fn stat_beneath(root: &OwnedFd, path: &Path) -> io::Result<Option<Stat>> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    // NO_SYMLINKS would refuse the last part too; with O_PATH and O_NOFOLLOW it may be a link.
+    let (parent, name) = match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) if !parent.as_os_str().is_empty() => {
+            let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            match rustix::fs::openat2(root, parent, flags, Mode::empty(), resolve) {
+                Ok(fd) => (Some(fd), Path::new(name)),
+                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        _ => (None, path),
+    };
+    match rustix::fs::openat(parent.as_ref().unwrap_or(root), name, flags, Mode::empty()) {
+        Ok(fd) => Ok(Some(rustix::fs::fstat(fd)?)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn is_opaque(layer: &OwnedFd, path: &Path) -> io::Result<bool> {
+    let fd = match open(layer, path) {
+        Ok(fd) => fd,
+        Err(_) => return Ok(false),
+    };
+    let mut value = [0; 1];
+    Ok(rustix::fs::fgetxattr(&fd, unpack::OPAQUE, &mut value).is_ok_and(|n| &value[..n] == b"y"))
+}
+
+/// Owner, mode, attributes and times of a directory; not what overlayfs keeps on it.
+pub fn copy_attributes(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
+    let stat = rustix::fs::fstat(from)?;
+    let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+    rustix::fs::fchown(to, Some(uid), Some(gid))?;
+    rustix::fs::fchmod(to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
+    let mut names = vec![0; 64 << 10];
+    let length = match rustix::fs::flistxattr(from, &mut names) {
+        Ok(length) => length,
+        Err(Errno::OPNOTSUPP) => 0,
+        Err(e) => return Err(e.into()),
+    };
+    for name in names[..length].split(|b| *b == 0) {
+        if name.is_empty() || name.starts_with(b"trusted.overlay.") || name == b"security.selinux" {
+            continue;
+        }
+        let name = OsStr::from_bytes(name);
+        let mut value = vec![0; 64 << 10];
+        let length = rustix::fs::fgetxattr(from, name, &mut value)?;
+        rustix::fs::fsetxattr(to, name, &value[..length], XattrFlags::empty())?;
+    }
+    let time = |seconds: i64, nanos: u64| Timespec { tv_sec: seconds, tv_nsec: nanos as i64 };
+    rustix::fs::futimens(
+        to,
+        &Timestamps {
+            last_access: time(stat.st_atime, stat.st_atime_nsec),
+            last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
+        },
+    )?;
+    Ok(())
+}
+
+/// Names in a directory that belongs to us, as numbers; what else is there is left alone.
+pub(super) fn numbered(directory: &Path) -> io::Result<Vec<u64>> {
+    let fd = unpack::open_root(directory)?;
+    let names = tree::names(fd.as_fd())?;
+    Ok(names.into_iter().filter_map(|(name, _)| number(name)).collect())
+}
+
+fn number(name: OsString) -> Option<u64> {
+    String::from_utf8(name.into_vec()).ok()?.parse().ok()
+}

@@ -1,0 +1,522 @@
+//! One pull: from a reference to an image that is on disk and recorded.
+//!
+//! ```text
+//! name -> index -> manifest -> config -> layers, in parallel -> fitted in order -> syncfs -> record
+//! ```
+//! Nothing is visible before the record. Whatever ends a pull before, its directories go with the
+//! handles that it holds.
+
+use std::{
+    io::{self, Read},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use bytes::{Buf, Bytes};
+use futures::{StreamExt, TryStreamExt};
+use tokio::sync::{mpsc, watch};
+use tokio_util::task::TaskTracker;
+
+use super::{
+    Image, NewImage, Shared, Stopped, blocking,
+    layers::{Layer, Slot, Staged, chain_id},
+    manifest::{self, Config, Descriptor, Document, Manifest, Platform},
+    reference::{Object, Reference},
+    registry::{self, Auth, MAX_MANIFEST, Remote},
+    stream::{self, Expected},
+    unpack,
+};
+use crate::{
+    error::{Kind, Kinded},
+    id::Digest,
+    store,
+};
+
+/// Pieces of a layer that wait for its unpacker, of at most 256 KiB each. Full: the connection is
+/// not read, and TCP slows the server.
+const QUEUE: usize = 8;
+
+/// Deepest nesting of indexes.
+const MAX_DEPTH: usize = 4;
+
+/// Why an image was not pulled or imported.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The registry.
+    #[error(transparent)]
+    Registry(#[from] registry::Error),
+    /// Manifest or config.
+    #[error(transparent)]
+    Manifest(#[from] manifest::Error),
+    /// A layer's content.
+    #[error("layer {layer}")]
+    Layer {
+        /// Its digest by the manifest, else its diff id.
+        layer: Digest,
+        /// Why.
+        source: stream::Error,
+    },
+    /// A layer cannot be moved to its place.
+    #[error("put layer {layer} in its place")]
+    Place {
+        /// Its diff id.
+        layer: Digest,
+        /// Why.
+        source: io::Error,
+    },
+    /// The disk does not take it.
+    #[error("sync layers to disk")]
+    Sync(#[source] io::Error),
+    /// The archive of an import.
+    #[error("the archive is not valid: {0}")]
+    Archive(String),
+    /// The archive of an import cannot be read, or unpacked to disk.
+    #[error("read archive")]
+    Read(#[source] unpack::Error),
+    /// The record.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The daemon ends.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+}
+
+impl Kinded for Error {
+    fn kind(&self) -> Kind {
+        let disk = |e: &io::Error| match e.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Exhausted,
+            _ => Kind::Internal,
+        };
+        let unpack = |e: &unpack::Error| match e {
+            unpack::Error::Write { source, .. } => disk(source),
+            unpack::Error::Tar(_) | unpack::Error::Refused { .. } => Kind::Invalid,
+        };
+        match self {
+            Error::Registry(e) => e.kind(),
+            Error::Manifest(manifest::Error::Unsupported(_)) => Kind::Unsupported,
+            Error::Manifest(manifest::Error::Platform { .. }) => Kind::NotFound,
+            Error::Manifest(_) | Error::Archive(_) => Kind::Invalid,
+            Error::Layer { source, .. } => match source {
+                stream::Error::Unpack(e) => unpack(e),
+                stream::Error::Directory(e) => disk(e),
+                stream::Error::Content { .. }
+                | stream::Error::DiffId { .. }
+                | stream::Error::Size { .. }
+                | stream::Error::TooLarge { .. } => Kind::Invalid,
+            },
+            Error::Place { source, .. } | Error::Sync(source) => disk(source),
+            Error::Read(e) => unpack(e),
+            Error::Store(e) => e.kind(),
+            Error::Stopped(_) => Kind::Unavailable,
+        }
+    }
+}
+
+/// How far a pull is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// In the manifest's order, from the bottom; empty until the manifest is known.
+    pub layers: Vec<LayerProgress>,
+}
+
+/// How far a layer is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerProgress {
+    /// Its digest by the manifest.
+    pub digest: Digest,
+    /// What it is doing.
+    pub phase: Phase,
+    /// Compressed bytes received.
+    pub received: u64,
+    /// Compressed bytes by the manifest.
+    pub total: u64,
+}
+
+/// What a layer is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// For its turn.
+    Waiting,
+    /// Download and unpack, in one pass.
+    Pulling,
+    /// It is here.
+    Done,
+    /// It was here.
+    Exists,
+}
+
+/// A layer that an image needs.
+pub(super) struct Wanted {
+    pub content: Option<(Digest, u64)>,
+    pub diff_id: Digest,
+}
+
+/// Where layers come from.
+pub(super) enum Source {
+    Registry(Remote),
+    /// Files by position of the layer.
+    Files(Vec<PathBuf>),
+}
+
+/// Pulls `reference` for `platform`.
+pub(super) async fn pull(
+    shared: &Arc<Shared>,
+    reference: &Reference,
+    auth: Option<&Auth>,
+    platform: &Platform,
+    progress: &watch::Sender<Progress>,
+) -> Result<Arc<Image>, Error> {
+    let remote = shared.registries.remote(reference, auth).await?;
+    if let Some(image) = unchanged(shared, &remote, reference, platform).await? {
+        progress.send_modify(|progress| {
+            progress.layers = image
+                .layers
+                .iter()
+                .map(|layer| LayerProgress {
+                    digest: layer.diff_id.clone(),
+                    phase: Phase::Exists,
+                    received: 0,
+                    total: 0,
+                })
+                .collect();
+        });
+        return Ok(image);
+    }
+    let top = remote.manifest(reference.object()).await?;
+    let target = top.digest.clone();
+    let (document, manifest, bytes, config) = resolve(&remote, top, platform).await?;
+    let wanted = wanted(&manifest.layers, &config)?;
+    let size = manifest.layers.iter().map(|layer| layer.size).sum::<u64>()
+        + manifest.config.size
+        + document.bytes.len() as u64;
+    let layers = layers(shared, Source::Registry(remote), &wanted, progress).await?;
+    let by_digest = reference.at(&target);
+    let mut names = vec![(by_digest, target.to_string())];
+    if let Object::Tag(_) = reference.object() {
+        names.push((reference.to_string(), target.to_string()));
+    }
+    let new = NewImage {
+        id: manifest.config.digest,
+        config,
+        config_bytes: bytes.to_vec(),
+        manifest: Some((document.digest, document.bytes.to_vec())),
+        annotations: manifest.annotations,
+        size,
+        layers,
+        names,
+    };
+    shared.commit(new).await
+}
+
+/// The image that we have, if the name still stands for it. One HEAD: it also shows that these
+/// credentials may have it.
+async fn unchanged(
+    shared: &Shared,
+    remote: &Remote,
+    reference: &Reference,
+    platform: &Platform,
+) -> Result<Option<Arc<Image>>, Error> {
+    let Some((image, target)) = shared.named(&reference.to_string()) else { return Ok(None) };
+    let config = &image.platform;
+    if (config.os.as_str(), config.architecture.as_str())
+        != (platform.os.as_str(), platform.architecture.as_str())
+    {
+        return Ok(None);
+    }
+    let now = remote.digest(reference.object()).await?;
+    Ok(now.filter(|now| now.to_string() == target).map(|_| image))
+}
+
+/// From what a name stands for to one manifest and its config.
+async fn resolve(
+    remote: &Remote,
+    top: registry::Document,
+    platform: &Platform,
+) -> Result<(registry::Document, Manifest, Bytes, Config), Error> {
+    let mut todo = vec![(top, 1)];
+    let mut mismatch = None;
+    // Depth first, best candidates first; those without a platform may turn out to be for another.
+    while let Some((document, depth)) = todo.pop() {
+        match Document::parse(&document.bytes, &document.media_type)? {
+            Document::Manifest(manifest) => {
+                let Descriptor { digest, size, .. } = &manifest.config;
+                let bytes = remote.small_blob(digest, *size).await?;
+                let config = Config::parse(&bytes)?;
+                match config.check_platform(platform) {
+                    Ok(()) => return Ok((document, manifest, bytes, config)),
+                    Err(error) => mismatch = Some(error),
+                }
+            }
+            Document::Index(entries) => {
+                if depth > MAX_DEPTH {
+                    return Err(too_deep().into());
+                }
+                let best = match manifest::candidates(&entries, platform) {
+                    Ok(candidates) => candidates,
+                    Err(error) => {
+                        mismatch = Some(error);
+                        continue;
+                    }
+                };
+                // Later ones are only of use if earlier ones did not say whom they are for.
+                let unsure = best.iter().take_while(|entry| entry.platform.is_none()).count();
+                for entry in best.into_iter().take(unsure.clamp(1, 8)).rev() {
+                    if entry.size > MAX_MANIFEST {
+                        return Err(registry::Error::TooLarge {
+                            url: format!("manifest {}", entry.digest),
+                            limit: MAX_MANIFEST,
+                        }
+                        .into());
+                    }
+                    let object = Object::Digest(entry.digest.clone());
+                    todo.push((remote.manifest(&object).await?, depth + 1));
+                }
+            }
+        }
+    }
+    Err(mismatch.expect("there was at least one document").into())
+}
+
+pub(super) fn too_deep() -> manifest::Error {
+    manifest::Error::Invalid {
+        what: "index",
+        rule: format!("indexes are nested deeper than {MAX_DEPTH}"),
+    }
+}
+
+/// Which layers an image needs.
+pub(super) fn wanted(layers: &[Descriptor], config: &Config) -> Result<Vec<Wanted>, Error> {
+    if layers.len() != config.diff_ids.len() {
+        return Err(manifest::Error::Invalid {
+            what: "image config",
+            rule: format!(
+                "it has {} diff_ids and the manifest {} layers",
+                config.diff_ids.len(),
+                layers.len()
+            ),
+        }
+        .into());
+    }
+    Ok(layers
+        .iter()
+        .zip(&config.diff_ids)
+        .map(|(layer, diff_id)| Wanted {
+            content: Some((layer.digest.clone(), layer.size)),
+            diff_id: diff_id.clone(),
+        })
+        .collect())
+}
+
+/// A layer that is here, or one that must be fitted to those below.
+enum Got {
+    Ready(Arc<Layer>),
+    Staged(Staged),
+}
+
+/// Gets all layers, in parallel, and puts them in their places. When this returns an error nothing
+/// of it is at work any more.
+pub(super) async fn layers(
+    shared: &Arc<Shared>,
+    source: Source,
+    wanted: &[Wanted],
+    progress: &watch::Sender<Progress>,
+) -> Result<Vec<Arc<Layer>>, Error> {
+    progress.send_modify(|progress| {
+        progress.layers = wanted
+            .iter()
+            .map(|wanted| {
+                let (digest, total) =
+                    wanted.content.clone().unwrap_or_else(|| (wanted.diff_id.clone(), 0));
+                LayerProgress { digest, phase: Phase::Waiting, received: 0, total }
+            })
+            .collect();
+    });
+    let chains: Vec<String> = (0..wanted.len())
+        .map(|index| chain_id(wanted[..index].iter().map(|wanted| &wanted.diff_id)))
+        .collect();
+    let unpackers = TaskTracker::new();
+    let fetch = Fetch { shared, source: &source, unpackers: &unpackers, progress };
+    let mut fetches = Vec::with_capacity(wanted.len());
+    for (index, wanted) in wanted.iter().enumerate() {
+        fetches.push(fetch.layer(index, wanted, &chains[index]));
+    }
+    let work = futures::stream::iter(fetches)
+        .buffer_unordered(shared.config.max_parallel_layers.max(1))
+        .try_collect::<Vec<_>>()
+        .await;
+    // After an error the other unpackers find their queues closed.
+    unpackers.close();
+    unpackers.wait().await;
+    let mut got = work?;
+    got.sort_by_key(|(index, _)| *index);
+
+    let mut placed = Vec::with_capacity(got.len());
+    for (index, got) in got {
+        let layer = match got {
+            Got::Ready(layer) => layer,
+            Got::Staged(staged) => {
+                let (shared, below) = (shared.clone(), placed.clone());
+                blocking(move || shared.layers.place(staged, &below)).await?.map_err(|source| {
+                    Error::Place { layer: wanted[index].diff_id.clone(), source }
+                })?
+            }
+        };
+        placed.push(layer);
+    }
+    Ok(placed)
+}
+
+/// Opens a layer's content, on the thread that reads it.
+type Open = Box<dyn FnOnce() -> Result<Box<dyn Read + Send>, stream::Error> + Send>;
+
+struct Fetch<'a> {
+    shared: &'a Arc<Shared>,
+    source: &'a Source,
+    unpackers: &'a TaskTracker,
+    progress: &'a watch::Sender<Progress>,
+}
+
+impl Fetch<'_> {
+    async fn layer(
+        &self,
+        index: usize,
+        wanted: &Wanted,
+        below: &str,
+    ) -> Result<(usize, Got), Error> {
+        let layers = &self.shared.layers;
+        // Another pull may be at this very layer: wait and see.
+        let _alone = layers.lock(&wanted.diff_id).await;
+        if let Some(layer) = layers.find(&wanted.diff_id, below) {
+            self.phase(index, Phase::Exists);
+            return Ok((index, Got::Ready(layer)));
+        }
+        self.phase(index, Phase::Pulling);
+        let slot = layers.slot(wanted.diff_id.clone());
+        let staged = match self.source {
+            Source::Registry(remote) => self.from_registry(remote, index, wanted, slot).await?,
+            Source::Files(files) => {
+                let path = files[index].clone();
+                let open: Open = Box::new(move || {
+                    let file = std::fs::File::open(path).map_err(stream::Error::Directory)?;
+                    Ok(Box::new(file))
+                });
+                self.unpack(open, wanted, slot).await??
+            }
+        };
+        self.phase(index, Phase::Done);
+        if staged.depends_on_parents() {
+            return Ok((index, Got::Staged(staged)));
+        }
+        let shared = self.shared.clone();
+        let placed = blocking(move || shared.layers.place(staged, &[])).await?;
+        let place = |source| Error::Place { layer: wanted.diff_id.clone(), source };
+        Ok((index, Got::Ready(placed.map_err(place)?)))
+    }
+
+    async fn from_registry(
+        &self,
+        remote: &Remote,
+        index: usize,
+        wanted: &Wanted,
+        slot: Slot,
+    ) -> Result<Staged, Error> {
+        let (digest, size) = wanted.content.as_ref().expect("a registry's manifest has it");
+        let (pieces, queue) = mpsc::channel(QUEUE);
+        let open: Open = Box::new(move || Ok(Box::new(Pieces::new(queue))));
+        let unpack = self.unpack(open, wanted, slot);
+        let feed = async move {
+            let mut blob = remote.blob(digest, *size);
+            while let Some(data) = blob.next().await? {
+                let length = data.len() as u64;
+                if pieces.send(Piece::Data(data)).await.is_err() {
+                    // The unpacker has given up and says why.
+                    return Ok(());
+                }
+                self.progress.send_modify(|p| p.layers[index].received += length);
+            }
+            let _ = pieces.send(Piece::End).await;
+            Ok::<_, Error>(())
+        };
+        // Both to their ends: after an error of one the other ends by itself.
+        let (unpacked, fed) = futures::join!(unpack, feed);
+        // An unpacker that got too little only knows that; the network knows why.
+        fed?;
+        unpacked?
+    }
+
+    /// Runs an unpacker on a thread of its own. If nobody waits for it any more it still removes
+    /// what it began.
+    fn unpack(
+        &self,
+        open: Open,
+        wanted: &Wanted,
+        slot: Slot,
+    ) -> impl Future<Output = Result<Result<Staged, Error>, Stopped>> + use<> {
+        let expected = Expected {
+            content: wanted.content.clone(),
+            diff_id: wanted.diff_id.clone(),
+            limit: self.shared.config.max_layer_size,
+        };
+        let token = self.unpackers.token();
+        let work = tokio::task::spawn_blocking(move || {
+            let _token = token;
+            let path = slot.path();
+            match open().and_then(|source| stream::unpack_layer(source, &expected, &path)) {
+                Ok(unpacked) => Ok(slot.filled(unpacked)),
+                Err(source) => {
+                    let layer = match expected.content {
+                        Some((digest, _)) => digest,
+                        None => expected.diff_id,
+                    };
+                    Err(Error::Layer { layer, source })
+                }
+            }
+        });
+        super::joined(work)
+    }
+
+    fn phase(&self, index: usize, phase: Phase) {
+        self.progress.send_modify(|progress| {
+            let layer = &mut progress.layers[index];
+            layer.phase = phase;
+            if phase == Phase::Done {
+                layer.received = layer.total;
+            }
+        });
+    }
+}
+
+/// What goes to an unpacker.
+pub(super) enum Piece {
+    Data(Bytes),
+    /// All is sent. A queue that closes without it was given up.
+    End,
+}
+
+/// The reading end, for a blocking thread.
+pub(super) struct Pieces {
+    queue: mpsc::Receiver<Piece>,
+    current: Bytes,
+    ended: bool,
+}
+
+impl Pieces {
+    pub(super) fn new(queue: mpsc::Receiver<Piece>) -> Self {
+        Self { queue, current: Bytes::new(), ended: false }
+    }
+}
+
+impl Read for Pieces {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() && !self.ended {
+            match self.queue.blocking_recv() {
+                Some(Piece::Data(data)) => self.current = data,
+                Some(Piece::End) => self.ended = true,
+                None => return Err(io::Error::other("the download was given up")),
+            }
+        }
+        let length = buffer.len().min(self.current.len());
+        self.current.copy_to_slice(&mut buffer[..length]);
+        Ok(length)
+    }
+}

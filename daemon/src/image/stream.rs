@@ -1,0 +1,229 @@
+//! The bytes of one layer on their way from a source to `unpack`, in one pass:
+//! compressed → size and SHA-256 → inflate → bound and SHA-256 (diff id) → tar → files.
+
+use std::{
+    io::{self, BufRead, BufReader, Read},
+    os::fd::AsFd,
+    path::Path,
+};
+
+use sha2::{Digest as _, Sha256};
+
+use super::unpack::{self, Unpacked};
+use crate::id::Digest;
+
+/// Buffer between inflate and tar, in bytes: large enough that most files are one write(2).
+const BUFFER: usize = 256 << 10;
+
+/// Largest window of a zstd frame, as a power of two: what the zstd tool accepts by default.
+const ZSTD_WINDOW_LOG: u32 = 27;
+
+/// Why a layer did not become a directory.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The archive in it.
+    #[error(transparent)]
+    Unpack(#[from] unpack::Error),
+    /// The directory for it cannot be made or opened.
+    #[error("make a directory for the layer")]
+    Directory(#[source] io::Error),
+    /// The compressed bytes are not those that the manifest names.
+    #[error("the layer's content is {got}, its manifest says {want}")]
+    Content {
+        /// What came.
+        got: Digest,
+        /// What should have.
+        want: Digest,
+    },
+    /// The uncompressed bytes are not those that the image's config names.
+    #[error("the layer's uncompressed content is {got}, its image says {want}")]
+    DiffId {
+        /// What came.
+        got: Digest,
+        /// What should have.
+        want: Digest,
+    },
+    /// There is more or less of it than the manifest says.
+    #[error("the layer has {got} bytes, its manifest says {want}")]
+    Size {
+        /// What came, as far as it was read.
+        got: u64,
+        /// What should have.
+        want: u64,
+    },
+    /// More than the configuration allows.
+    #[error("the layer unpacks to more than {limit} bytes (images.max_layer_size)")]
+    TooLarge {
+        /// The limit.
+        limit: u64,
+    },
+}
+
+/// What a layer must turn out to be.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    /// Digest and size of the compressed bytes; a docker-archive does not say.
+    pub content: Option<(Digest, u64)>,
+    /// Digest of the uncompressed bytes.
+    pub diff_id: Digest,
+    /// Most uncompressed bytes.
+    pub limit: u64,
+}
+
+/// Unpacks the layer that `source` yields into the new directory `path`. Blocks. On an error the
+/// directory may be there: the caller removes it.
+pub fn unpack_layer(
+    source: impl Read,
+    expected: &Expected,
+    path: &Path,
+) -> Result<Unpacked, Error> {
+    std::fs::create_dir(path).map_err(Error::Directory)?;
+    let root = unpack::open_root(path).map_err(Error::Directory)?;
+
+    let mut content = Hashed::new(source, expected.content.as_ref().map(|(_, size)| *size));
+    let mut plain = Plain::new(inflate(&mut content).map_err(source_error)?, expected.limit);
+    let result = unpack::unpack(&mut plain, root.as_fd());
+    let (too_large, diff_id) = (plain.too_large, plain.hash.clone());
+    drop(plain);
+
+    // A size or a limit that was passed explains whatever the reader made of it.
+    if let Some((_, want)) = &expected.content
+        && content.length > *want
+    {
+        return Err(Error::Size { got: content.length, want: *want });
+    }
+    if too_large {
+        return Err(Error::TooLarge { limit: expected.limit });
+    }
+    let unpacked = result?;
+    // Decoders stop at their own end; the digest covers all.
+    io::copy(&mut content, &mut io::sink()).map_err(source_error)?;
+    if let Some((want, size)) = &expected.content {
+        if content.length != *size {
+            return Err(Error::Size { got: content.length, want: *size });
+        }
+        let got = Digest::from_sha256(content.hash.finalize().into());
+        if got != *want {
+            return Err(Error::Content { got, want: want.clone() });
+        }
+    }
+    let got = Digest::from_sha256(diff_id.finalize().into());
+    if got != expected.diff_id {
+        return Err(Error::DiffId { got, want: expected.diff_id.clone() });
+    }
+    Ok(unpacked)
+}
+
+fn source_error(error: io::Error) -> Error {
+    unpack::Error::from(super::tar::Error::Source(error)).into()
+}
+
+/// By what the bytes are, not by what the manifest calls them: registries have wrong media types.
+/// No tar archive begins with either magic number, as an entry's name comes first and its checksum
+/// would have to fit.
+pub fn inflate<'a>(source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
+    let mut source = BufReader::with_capacity(64 << 10, source);
+    let mut head = [0; 4];
+    let mut length = 0;
+    while length < 4 {
+        match source.read(&mut head[length..]) {
+            Ok(0) => break,
+            Ok(n) => length += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    let rest = BufReader::with_capacity(64 << 10, io::Cursor::new(head).take(length as u64).chain(source));
+    Ok(match head {
+        [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(rest)),
+        // A frame, or a frame to be skipped.
+        [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => {
+            let mut decoder = zstd::stream::read::Decoder::with_buffer(rest)?;
+            decoder.window_log_max(ZSTD_WINDOW_LOG)?;
+            Box::new(decoder)
+        }
+        _ => Box::new(rest),
+    })
+}
+
+/// Counts and hashes what passes.
+struct Hashed<R> {
+    source: R,
+    hash: Sha256,
+    length: u64,
+    limit: Option<u64>,
+}
+
+impl<R> Hashed<R> {
+    fn new(source: R, limit: Option<u64>) -> Self {
+        Self { source, hash: Sha256::new(), length: 0, limit }
+    }
+}
+
+impl<R: Read> Read for Hashed<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.source.read(buffer)?;
+        self.hash.update(&buffer[..length]);
+        self.length += length as u64;
+        if self.limit.is_some_and(|limit| self.length > limit) {
+            return Err(io::Error::other("more bytes than the manifest says"));
+        }
+        Ok(length)
+    }
+}
+
+/// The uncompressed stream: buffered, bounded and hashed.
+struct Plain<R> {
+    source: R,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    hash: Sha256,
+    left: u64,
+    too_large: bool,
+}
+
+impl<R: Read> Plain<R> {
+    fn new(source: R, limit: u64) -> Self {
+        let buffer = vec![0; BUFFER].into_boxed_slice();
+        Self { source, buffer, start: 0, end: 0, hash: Sha256::new(), left: limit, too_large: false }
+    }
+}
+
+impl<R: Read> Read for Plain<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let buffer = self.fill_buf()?;
+        let length = buffer.len().min(out.len());
+        out[..length].copy_from_slice(&buffer[..length]);
+        self.consume(length);
+        Ok(length)
+    }
+}
+
+impl<R: Read> BufRead for Plain<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+            // Decoders give little at a time; a full buffer makes few and large writes.
+            while self.end < self.buffer.len() {
+                match self.source.read(&mut self.buffer[self.end..]) {
+                    Ok(0) => break,
+                    Ok(length) => self.end += length,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            if self.end as u64 > self.left {
+                self.too_large = true;
+                return Err(io::Error::other("the layer is too large"));
+            }
+            self.left -= self.end as u64;
+            self.hash.update(&self.buffer[..self.end]);
+        }
+        Ok(&self.buffer[self.start..self.end])
+    }
+
+    fn consume(&mut self, length: usize) {
+        self.start += length;
+    }
+}

@@ -1,0 +1,617 @@
+//! One layer's tar stream becomes one directory in overlayfs form.
+//!
+//! The layers below are not needed: a whiteout becomes a 0/0 character device, an opaque marker an
+//! attribute (image-spec layer.md "Whiteouts", kernel Documentation/filesystems/overlayfs.rst).
+//! What cannot be known without the layers below (the attributes of directories that the archive
+//! implies but does not list) is reported in [`Unpacked`]; `layers` settles it.
+//!
+//! The stream is hostile until proven otherwise, and its digest is known only at its end. So:
+//! every path is resolved by the kernel beneath the layer's directory (openat2, RESOLVE_BENEATH);
+//! a name that could leave it is an error, not a guess; sizes are bounded while reading.
+//!
+//! Order matters. Attributes of directories are set when everything is in place, because files in
+//! them change their times, and a setgid bit or a default ACL would change the files. Of a file,
+//! owner comes before mode and attributes, as chown(2) clears setuid bits and capabilities.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    io::{self, BufRead},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::FileExt},
+    },
+    path::PathBuf,
+};
+
+use rustix::{
+    fs::{
+        AtFlags, CWD, FileType, Gid, Mode, OFlags, RawMode, ResolveFlags, Timespec, Timestamps, Uid,
+        XattrFlags,
+    },
+    io::Errno,
+};
+
+use super::{
+    tar::{self, Archive, Entry, Kind, Time},
+    tree,
+};
+
+/// Deepest nesting of directories; a bound for those who later walk the layer.
+const MAX_DEPTH: usize = 256;
+
+/// PATH_MAX, which includes the terminating NUL.
+const MAX_PATH: usize = 4095;
+
+/// What overlayfs calls a directory that hides the one below it.
+pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
+
+/// Why a layer cannot be unpacked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The stream itself.
+    #[error(transparent)]
+    Tar(#[from] tar::Error),
+    /// An entry that could reach out of the layer, or that no file system can hold.
+    #[error("layer entry {path:?} is refused: {rule}")]
+    Refused {
+        /// The entry.
+        path: String,
+        /// Which rule it breaks.
+        rule: &'static str,
+    },
+    /// The file system refused an entry.
+    #[error("write layer entry {path:?}")]
+    Write {
+        /// The entry.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A layer that was unpacked.
+#[derive(Debug, Default)]
+pub struct Unpacked {
+    /// Room it takes, in bytes, by blocks of 4 KiB.
+    pub bytes: u64,
+    /// Files, directories and so on.
+    pub inodes: u64,
+    /// The archive lists the root directory itself.
+    pub root_listed: bool,
+    /// Directories that the archive implies but does not list, parents first. They have mode 0755,
+    /// owner 0:0.
+    pub implied: Vec<PathBuf>,
+}
+
+/// What a directory gets at the end.
+#[derive(Default)]
+struct Directory {
+    /// From its entry; `None`: implied only.
+    listed: Option<Attributes>,
+    opaque: bool,
+}
+
+#[derive(Default)]
+struct Attributes {
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    mtime: Time,
+    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+/// Unpacks the archive into `root`, an empty directory that nobody else uses, to the end of the
+/// stream. On an error `root` is left as it is: the caller removes it.
+pub fn unpack<R: BufRead>(source: R, root: BorrowedFd<'_>) -> Result<Unpacked, Error> {
+    let mut archive = Archive::new(source);
+    let mut layer =
+        Layer { root, parent: None, directories: BTreeMap::new(), done: Unpacked::default() };
+    layer.directories.insert(Vec::new(), Directory::default());
+    while let Some(entry) = archive.next()? {
+        layer.place(entry, &mut archive)?;
+    }
+    archive.finish()?;
+    layer.finish()
+}
+
+struct Layer<'a> {
+    root: BorrowedFd<'a>,
+    /// The directory of the entry before: most archives list a directory's files in a row.
+    parent: Option<(Vec<u8>, OwnedFd)>,
+    /// By cleaned path; the root is the empty one.
+    directories: BTreeMap<Vec<u8>, Directory>,
+    done: Unpacked,
+}
+
+impl Layer<'_> {
+    fn place<R: BufRead>(&mut self, entry: Entry, archive: &mut Archive<R>) -> Result<(), Error> {
+        let shown = || show(&entry.path);
+        let refuse = |rule| Error::Refused { path: shown(), rule };
+        let write = |e: Errno| Error::Write { path: shown(), source: e.into() };
+        let path = clean(&entry.path).map_err(refuse)?;
+        if path.is_empty() {
+            if entry.kind != Kind::Directory {
+                return Err(refuse("the layer's root must be a directory"));
+            }
+            check_xattrs(&entry.xattrs).map_err(refuse)?;
+            self.list(path, entry);
+            return Ok(());
+        }
+        let (parent_path, name) = match path.iter().rposition(|b| *b == b'/') {
+            Some(slash) => (&path[..slash], &path[slash + 1..]),
+            None => (&path[..0], &path[..]),
+        };
+        if let Some(hidden) = name.strip_prefix(b".wh.") {
+            return self.whiteout(&entry, parent_path, hidden);
+        }
+        check_xattrs(&entry.xattrs).map_err(refuse)?;
+        self.enter(parent_path, &entry.path)?;
+        let name = OsStr::from_bytes(name);
+        let parent = self.parent.as_ref().expect("just entered").1.try_clone();
+        let parent = parent.map_err(|source| Error::Write { path: shown(), source })?;
+        let parent = parent.as_fd();
+        match &entry.kind {
+            Kind::Directory => {
+                if let Err(e) = rustix::fs::mkdirat(parent, name, Mode::RWXU) {
+                    if e != Errno::EXIST {
+                        return Err(write(e));
+                    }
+                    let cleared = self.clear(parent, name, &path, true).map_err(write)?;
+                    if cleared != Cleared::Kept {
+                        rustix::fs::mkdirat(parent, name, Mode::RWXU).map_err(write)?;
+                        self.count(0);
+                        // The archive, applied in order, would have emptied what is below.
+                        self.directories.entry(path.clone()).or_default().opaque = true;
+                    }
+                } else {
+                    self.count(0);
+                }
+                self.list(path, entry);
+                return Ok(());
+            }
+            Kind::File => {
+                let flags =
+                    OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let mode = Mode::RUSR | Mode::WUSR;
+                let open = || rustix::fs::openat(parent, name, flags, mode);
+                let file = match open() {
+                    Err(Errno::EXIST) => {
+                        self.clear(parent, name, &path, false).map_err(write)?;
+                        open()
+                    }
+                    other => other,
+                }
+                .map_err(write)?;
+                let file = std::fs::File::from(file);
+                let stored = copy(archive, &entry, &file)?;
+                self.count(stored);
+                rustix::fs::fchown(&file, uid(entry.uid), gid(entry.gid)).map_err(write)?;
+                rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode as RawMode)).map_err(write)?;
+                for (name, value) in wanted_xattrs(&entry.xattrs) {
+                    rustix::fs::fsetxattr(&file, name, value, XattrFlags::empty())
+                        .or_else(|e| forgive(name, e))
+                        .map_err(write)?;
+                }
+                rustix::fs::futimens(&file, &times(entry.mtime)).map_err(write)?;
+                return Ok(());
+            }
+            Kind::HardLink(target) => return self.hard_link(&entry, target, parent, name, &path),
+            _ => {}
+        }
+        // What is left is made by one call and changed by name. Nobody else can be in this
+        // directory, so the name stays what was just made.
+        let make = || match &entry.kind {
+            Kind::Symlink(target) => rustix::fs::symlinkat(OsStr::from_bytes(target), parent, name),
+            Kind::Char(major, minor) => mknod(parent, name, FileType::CharacterDevice, *major, *minor),
+            Kind::Block(major, minor) => mknod(parent, name, FileType::BlockDevice, *major, *minor),
+            Kind::Fifo => mknod(parent, name, FileType::Fifo, 0, 0),
+            Kind::Directory | Kind::File | Kind::HardLink(_) => unreachable!("made above"),
+        };
+        match make() {
+            Err(Errno::EXIST) => {
+                self.clear(parent, name, &path, false).map_err(write)?;
+                make()
+            }
+            other => other,
+        }
+        .map_err(write)?;
+        self.count(0);
+        let nofollow = AtFlags::SYMLINK_NOFOLLOW;
+        rustix::fs::chownat(parent, name, uid(entry.uid), gid(entry.gid), nofollow).map_err(write)?;
+        if !matches!(entry.kind, Kind::Symlink(_)) {
+            let mode = Mode::from_raw_mode(entry.mode as RawMode);
+            rustix::fs::chmodat(parent, name, mode, AtFlags::empty()).map_err(write)?;
+        }
+        if !entry.xattrs.is_empty() {
+            let by_name = through_proc(parent, name);
+            for (name, value) in wanted_xattrs(&entry.xattrs) {
+                rustix::fs::lsetxattr(&by_name, name, value, XattrFlags::empty())
+                    .or_else(|e| forgive(name, e))
+                    .map_err(write)?;
+            }
+        }
+        rustix::fs::utimensat(parent, name, &times(entry.mtime), nofollow).map_err(write)
+    }
+
+    /// Keeps a directory's attributes for the end.
+    fn list(&mut self, path: Vec<u8>, entry: Entry) {
+        let Entry { mode, uid, gid, mtime, xattrs, .. } = entry;
+        self.directories.entry(path).or_default().listed =
+            Some(Attributes { mode, uid, gid, mtime, xattrs });
+    }
+
+    fn count(&mut self, stored: u64) {
+        self.done.inodes += 1;
+        self.done.bytes += stored.next_multiple_of(4096);
+    }
+
+    /// `.wh.NAME`: NAME of the layers below is gone. `.wh..wh..opq`: all of this directory.
+    fn whiteout(&mut self, entry: &Entry, parent_path: &[u8], hidden: &[u8]) -> Result<(), Error> {
+        let write = |e: Errno| Error::Write { path: show(&entry.path), source: e.into() };
+        if hidden == b".wh..opq" {
+            self.enter(parent_path, &entry.path)?;
+            self.directories.entry(parent_path.to_vec()).or_default().opaque = true;
+            return Ok(());
+        }
+        if hidden.starts_with(b".wh.") {
+            // aufs' own bookkeeping (.wh..wh.plnk, .wh..wh.aufs): not content.
+            return Ok(());
+        }
+        if matches!(hidden, b"" | b"." | b"..") {
+            return Err(Error::Refused {
+                path: show(&entry.path),
+                rule: "a whiteout must name what it hides",
+            });
+        }
+        let path = [parent_path, b"/", hidden].concat();
+        let path = path.strip_prefix(b"/").unwrap_or(&path).to_vec();
+        self.enter(parent_path, &entry.path)?;
+        let parent = &self.parent.as_ref().expect("just entered").1;
+        let name = OsStr::from_bytes(hidden);
+        match mknod(parent.as_fd(), name, FileType::CharacterDevice, 0, 0) {
+            Ok(()) => self.count(0),
+            // A whiteout never hides what its own layer has (layer.md). A file hides what is
+            // below by itself; a directory must say so.
+            Err(Errno::EXIST) => {
+                let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(write)?;
+                if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+                    self.directories.entry(path).or_default().opaque = true;
+                }
+            }
+            Err(e) => return Err(write(e)),
+        }
+        Ok(())
+    }
+
+    fn hard_link(
+        &mut self,
+        entry: &Entry,
+        target: &[u8],
+        parent: BorrowedFd<'_>,
+        name: &OsStr,
+        path: &[u8],
+    ) -> Result<(), Error> {
+        let refuse = |rule| Error::Refused { path: show(&entry.path), rule };
+        let write = |e: Errno| Error::Write { path: show(&entry.path), source: e.into() };
+        let target = clean(target)
+            .ok()
+            .filter(|target| !target.is_empty())
+            .ok_or(refuse("the target of a hard link must be a path inside the layer"))?;
+        if target == path {
+            return Ok(());
+        }
+        let (from_path, from_name) = match target.iter().rposition(|b| *b == b'/') {
+            Some(slash) => (&target[..slash], &target[slash + 1..]),
+            None => (&target[..0], &target[..]),
+        };
+        let missing = "the target of a hard link must be an earlier file of the same layer";
+        let from = open_beneath(self.root, from_path).map_err(|e| match e {
+            Errno::XDEV => refuse("the target of a hard link is outside the layer"),
+            Errno::NOENT | Errno::NOTDIR | Errno::LOOP => refuse(missing),
+            e => write(e),
+        })?;
+        let from_name = OsStr::from_bytes(from_name);
+        let link = || rustix::fs::linkat(&from, from_name, parent, name, AtFlags::empty());
+        match link() {
+            Err(Errno::EXIST) => {
+                let at = |dir: BorrowedFd<'_>, name: &OsStr| {
+                    rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)
+                };
+                let (old, new) = (
+                    at(from.as_fd(), from_name).map_err(|_| refuse(missing))?,
+                    at(parent, name).map_err(write)?,
+                );
+                if (old.st_dev, old.st_ino) == (new.st_dev, new.st_ino) {
+                    return Ok(());
+                }
+                self.clear(parent, name, path, false).map_err(write)?;
+                link()
+            }
+            other => other,
+        }
+        .map_err(|e| match e {
+            Errno::NOENT => refuse(missing),
+            Errno::PERM => refuse("a hard link to a directory"),
+            e => write(e),
+        })
+    }
+
+    /// Makes the directory `path` the current parent; it and those above it are made if missing.
+    fn enter(&mut self, path: &[u8], entry: &[u8]) -> Result<(), Error> {
+        if self.parent.as_ref().is_some_and(|(p, _)| p == path) {
+            return Ok(());
+        }
+        let refuse = |rule| Error::Refused { path: show(entry), rule };
+        let write = |e: Errno| Error::Write { path: show(entry), source: e.into() };
+        let fd = match open_beneath(self.root, path) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT | Errno::NOTDIR) => self.make_parents(path, entry)?,
+            Err(Errno::XDEV) => {
+                return Err(refuse("a symbolic link in its path leads out of the layer"));
+            }
+            Err(Errno::LOOP) => return Err(refuse("symbolic links in its path form a loop")),
+            Err(e) => return Err(write(e)),
+        };
+        self.parent = Some((path.to_vec(), fd));
+        Ok(())
+    }
+
+    fn make_parents(&mut self, path: &[u8], entry: &[u8]) -> Result<OwnedFd, Error> {
+        let refuse = |rule| Error::Refused { path: show(entry), rule };
+        let write = |e: Errno| Error::Write { path: show(entry), source: e.into() };
+        let mut at = open_beneath(self.root, b"").map_err(write)?;
+        let mut end = 0;
+        for name in path.split(|b| *b == b'/') {
+            end += name.len() + usize::from(end > 0);
+            let so_far = &path[..end];
+            let name = OsStr::from_bytes(name);
+            at = match open_beneath(self.root, so_far) {
+                Ok(fd) => fd,
+                Err(e @ (Errno::NOENT | Errno::NOTDIR)) => {
+                    let mut opaque = false;
+                    if e == Errno::NOTDIR {
+                        // `.wh.NAME`, then NAME/…: the old one is gone, this is a new one.
+                        let stat = rustix::fs::statat(&at, name, AtFlags::SYMLINK_NOFOLLOW)
+                            .map_err(write)?;
+                        if !tree::is_whiteout(&stat) {
+                            return Err(refuse("a part of its path is not a directory"));
+                        }
+                        rustix::fs::unlinkat(&at, name, AtFlags::empty()).map_err(write)?;
+                        opaque = true;
+                    }
+                    match rustix::fs::mkdirat(&at, name, Mode::RWXU) {
+                        Ok(()) => {}
+                        Err(Errno::EXIST) => {
+                            return Err(refuse("a symbolic link in its path leads nowhere"));
+                        }
+                        Err(e) => return Err(write(e)),
+                    }
+                    self.count(0);
+                    self.directories.entry(so_far.to_vec()).or_default().opaque |= opaque;
+                    open_beneath(self.root, so_far).map_err(write)?
+                }
+                Err(Errno::XDEV) => {
+                    return Err(refuse("a symbolic link in its path leads out of the layer"));
+                }
+                Err(Errno::LOOP) => return Err(refuse("symbolic links in its path form a loop")),
+                Err(e) => return Err(write(e)),
+            };
+        }
+        Ok(at)
+    }
+
+    /// Makes way for an entry of the same name: a later one wins.
+    fn clear(
+        &mut self,
+        parent: BorrowedFd<'_>,
+        name: &OsStr,
+        path: &[u8],
+        for_directory: bool,
+    ) -> Result<Cleared, Errno> {
+        let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
+            rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
+        } else if for_directory {
+            return Ok(Cleared::Kept);
+        } else {
+            tree::remove_at(parent, name)
+                .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
+        }
+        // What is known of paths through it (it may have been a link) is void.
+        self.directories.remove(path);
+        let below = [path, b"/"].concat();
+        let gone: Vec<_> = self
+            .directories
+            .range(below.clone()..)
+            .map(|(path, _)| path)
+            .take_while(|path| path.starts_with(&below))
+            .cloned()
+            .collect();
+        for path in gone {
+            self.directories.remove(&path);
+        }
+        self.parent = None;
+        Ok(Cleared::Removed)
+    }
+
+    /// Sets the attributes of all directories.
+    fn finish(mut self) -> Result<Unpacked, Error> {
+        for (path, directory) in &self.directories {
+            let write = |e: Errno| Error::Write { path: show(path), source: e.into() };
+            let fd = open_beneath(self.root, path).map_err(write)?;
+            let implied = Attributes { mode: 0o755, ..Attributes::default() };
+            let attributes = directory.listed.as_ref().unwrap_or(&implied);
+            rustix::fs::fchown(&fd, uid(attributes.uid), gid(attributes.gid)).map_err(write)?;
+            let mode = Mode::from_raw_mode(attributes.mode as RawMode);
+            rustix::fs::fchmod(&fd, mode).map_err(write)?;
+            for (name, value) in wanted_xattrs(&attributes.xattrs) {
+                rustix::fs::fsetxattr(&fd, name, value, XattrFlags::empty())
+                    .or_else(|e| forgive(name, e))
+                    .map_err(write)?;
+            }
+            // On the root it would mean nothing.
+            if directory.opaque && !path.is_empty() {
+                rustix::fs::fsetxattr(&fd, OPAQUE, b"y", XattrFlags::empty()).map_err(write)?;
+            }
+            match (&directory.listed, path.is_empty()) {
+                (Some(_), root) => {
+                    self.done.root_listed |= root;
+                    rustix::fs::futimens(&fd, &times(attributes.mtime)).map_err(write)?;
+                }
+                (None, true) => {}
+                // Hidden below: nothing to take attributes from.
+                (None, false) if directory.opaque => {}
+                (None, false) => {
+                    self.done.implied.push(PathBuf::from(OsStr::from_bytes(path)));
+                }
+            }
+        }
+        Ok(self.done)
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Cleared {
+    /// A directory stays for a directory.
+    Kept,
+    Removed,
+}
+
+/// Writes the data of a file; returns the bytes that are stored.
+fn copy<R: BufRead>(
+    archive: &mut Archive<R>,
+    entry: &Entry,
+    file: &std::fs::File,
+) -> Result<u64, Error> {
+    let whole = [(0, entry.size)];
+    let pieces = entry.sparse.as_ref().map_or(&whole[..], |sparse| &sparse.pieces);
+    for (offset, length) in pieces {
+        let mut done = 0;
+        while archive.data(length - done, |data| -> Result<usize, Error> {
+            file.write_all_at(data, offset + done)
+                .map_err(|source| Error::Write { path: show(&entry.path), source })?;
+            done += data.len() as u64;
+            Ok(data.len())
+        })? {}
+    }
+    if let Some(sparse) = &entry.sparse {
+        file.set_len(sparse.size)
+            .map_err(|source| Error::Write { path: show(&entry.path), source })?;
+    }
+    Ok(entry.size)
+}
+
+/// The path without empty and `.` parts, or which rule it breaks.
+fn clean(path: &[u8]) -> Result<Vec<u8>, &'static str> {
+    if path.is_empty() {
+        return Err("its path is empty");
+    }
+    if path.starts_with(b"/") {
+        return Err("its path is absolute");
+    }
+    if path.len() > MAX_PATH {
+        return Err("its path is longer than 4095 bytes");
+    }
+    let mut cleaned = Vec::with_capacity(path.len());
+    let mut depth = 0;
+    for part in path.split(|b| *b == b'/') {
+        match part {
+            b"" | b"." => continue,
+            b".." => return Err("its path has '..' in it"),
+            _ if part.len() > 255 => return Err("a name in its path is longer than 255 bytes"),
+            _ => {}
+        }
+        if !cleaned.is_empty() {
+            cleaned.push(b'/');
+        }
+        cleaned.extend_from_slice(part);
+        depth += 1;
+    }
+    if depth > MAX_DEPTH {
+        return Err("it is nested deeper than 256 directories");
+    }
+    Ok(cleaned)
+}
+
+/// overlayfs' own attributes decide how layers are put together: a layer may not bring them.
+fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), &'static str> {
+    if xattrs.iter().any(|(name, _)| name.starts_with(b"trusted.overlay.")) {
+        return Err("it has an attribute of overlayfs");
+    }
+    Ok(())
+}
+
+/// SELinux labels are the node's to give.
+fn wanted_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> impl Iterator<Item = (&OsStr, &[u8])> {
+    xattrs
+        .iter()
+        .filter(|(name, _)| name != b"security.selinux")
+        .map(|(name, value)| (OsStr::from_bytes(name), value.as_slice()))
+}
+
+/// A file system without user attributes loses only those.
+fn forgive(name: &OsStr, error: Errno) -> Result<(), Errno> {
+    if error == Errno::OPNOTSUPP && name.as_bytes().starts_with(b"user.") {
+        return Ok(());
+    }
+    Err(error)
+}
+
+/// Opens a directory beneath `root`; links are followed as long as they stay there.
+fn open_beneath(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    let path = if path.is_empty() { b"." } else { path };
+    rustix::fs::openat2(
+        root,
+        OsStr::from_bytes(path),
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS,
+    )
+}
+
+fn mknod(
+    parent: BorrowedFd<'_>,
+    name: &OsStr,
+    kind: FileType,
+    major: u32,
+    minor: u32,
+) -> Result<(), Errno> {
+    let device = rustix::fs::makedev(major, minor);
+    rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device)
+}
+
+/// There is no setxattrat before Linux 6.13; the last part of this path is not followed.
+pub(super) fn through_proc(parent: BorrowedFd<'_>, name: &OsStr) -> PathBuf {
+    use std::os::fd::AsRawFd;
+    PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd())).join(name)
+}
+
+fn uid(id: u32) -> Option<Uid> {
+    Some(Uid::from_raw(id))
+}
+
+fn gid(id: u32) -> Option<Gid> {
+    Some(Gid::from_raw(id))
+}
+
+/// Access time is made equal: a layer says nothing of it.
+fn times(time: Time) -> Timestamps {
+    let time = Timespec { tv_sec: time.seconds, tv_nsec: time.nanos.into() };
+    Timestamps { last_access: time, last_modification: time }
+}
+
+/// A path as a message shows it: one line, of bounded length.
+fn show(path: &[u8]) -> String {
+    String::from_utf8_lossy(&path[..path.len().min(200)]).into_owned()
+}
+
+/// Opens the directory at `path` for [`unpack`].
+pub fn open_root(path: &std::path::Path) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(CWD, path, flags, Mode::empty())?)
+}
+
+#[cfg(test)]
+#[path = "unpack_tests.rs"]
+mod tests;
