@@ -265,8 +265,6 @@ impl Node {
     pub async fn load(&mut self, name: &str, image: &Image) -> Result<String> {
         let reference = self.registry().await?.push(name, image).await?;
         self.pull(&reference).await?;
-        // What the image store keeps from now on is no leak.
-        self.baseline = self.inventory();
         Ok(reference)
     }
 
@@ -468,13 +466,16 @@ impl Node {
         Ok(())
     }
 
-    /// The end of a test: every pod is removed and nothing of them may be left; the daemon is ended
-    /// and nothing of the node may be left.
+    /// The end of a test: every pod and every image is removed and nothing of them may be left; the
+    /// daemon is ended and nothing of the node may be left.
     ///
     /// # Errors
     /// What is left, or what could not be removed.
     pub async fn finish(mut self) -> Result<()> {
         self.remove_all().await.with_context(|| self.daemon_log(60))?;
+        for image in self.images().await? {
+            self.remove_image(&image.id).await?;
+        }
         self.nothing_left_since(&self.baseline).await?;
         self.terminate()?;
         let left = self.inventory().only(&["mount", "cgroup", "process", "link", "address"]);
