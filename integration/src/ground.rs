@@ -20,9 +20,9 @@ use nix::{
     mount::{MntFlags, umount2},
     sys::{
         prctl,
-        signal::{Signal, kill},
+        signal::{Signal, kill, killpg},
     },
-    unistd::{Pid, Uid},
+    unistd::{Pid, Uid, getpgid},
 };
 
 /// Short, for unix sockets have 107 bytes for their whole path.
@@ -152,7 +152,12 @@ fn sweep(path: &Path, id: &str) {
             break;
         }
         for pid in processes {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            // With its children, where it leads a group of its own.
+            let pid = Pid::from_raw(pid);
+            if getpgid(Some(pid)) == Ok(pid) {
+                let _ = killpg(pid, Signal::SIGKILL);
+            }
+            let _ = kill(pid, Signal::SIGKILL);
         }
         thread::sleep(Duration::from_millis(20));
     }

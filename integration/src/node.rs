@@ -53,6 +53,8 @@ pub struct Builder {
     hugetlb: bool,
     config: String,
     runtime_config: String,
+    network_config: String,
+    images_config: String,
     env: Vec<(String, String)>,
 }
 
@@ -66,6 +68,8 @@ impl Default for Builder {
             hugetlb: false,
             config: String::new(),
             runtime_config: String::new(),
+            network_config: String::new(),
+            images_config: String::new(),
             env: Vec::new(),
         }
     }
@@ -107,6 +111,18 @@ impl Builder {
     pub fn runtime_config(mut self, lines: &str) -> Self {
         self.runtime_config.push_str(lines);
         self.runtime_config.push('\n');
+        self
+    }
+    /// More lines of the table `[network]`.
+    pub fn network_config(mut self, lines: &str) -> Self {
+        self.network_config.push_str(lines);
+        self.network_config.push('\n');
+        self
+    }
+    /// More lines of the table `[images]`.
+    pub fn images_config(mut self, lines: &str) -> Self {
+        self.images_config.push_str(lines);
+        self.images_config.push('\n');
         self
     }
     /// An environment variable of the daemon.
@@ -560,8 +576,8 @@ fn write_config(
     }
     let mut text = format!(
         "version = 1\nroot = {root:?}\nstate = {state:?}\n\n[grpc]\nsocket = {socket:?}\n\n\
-         [network]\nconf_dir = {conf:?}\nbin_dirs = [{bin:?}, \"/opt/cni/bin\", \"/usr/lib/cni\"]\n\n\
-         [images]\nhosts_dir = {hosts:?}\n\n\
+         [network]\nconf_dir = {conf:?}\nbin_dirs = [{bin:?}, \"/opt/cni/bin\", \"/usr/lib/cni\"]\n{network}\n\
+         [images]\nhosts_dir = {hosts:?}\n{images}\n\
          [nri]\nsocket = {nri:?}\nplugin_dir = {plugins:?}\nconf_dir = {plugin_conf:?}\n\n\
          [log]\nlevel = \"debug,h2=info,hyper=info,tower=info,tonic=info\"\n\n\
          [runtime]\ndefault = {default:?}\nshim = {shim:?}\ncgroup_driver = \"cgroupfs\"\n{more}",
@@ -576,6 +592,8 @@ fn write_config(
         plugin_conf = at("nri/conf.d"),
         default = node.default_runtime,
         shim = binaries.shim.display().to_string(),
+        network = node.network_config,
+        images = node.images_config,
         more = node.runtime_config,
     );
     for (name, path) in handlers {

@@ -1,11 +1,17 @@
 //! The harness itself, where a mistake would make other tests pass or leave things on the machine.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use holdfast_integration::{
     Image, Registry,
-    ground::{Ground, Process, mountinfo},
+    ground::{Ground, Process, is_zombie, mountinfo},
     hugetlb::{self, Hugetlb},
     leaks::Inventory,
     registry::{Answer, Scripted},
@@ -63,8 +69,11 @@ fn a_ground_takes_everything_with_it() -> Result<()> {
     // By its cgroup alone: neither its command line nor its directory tell.
     let mut by_cgroup = Process::spawn("sleep", &["1000".as_ref()], &[], &log)?;
     fs::write(cgroup.join("cgroup.procs"), by_cgroup.pid().to_string())?;
-    let script = format!("sleep 1000; : {}", dir.display());
-    let mut by_command = Process::spawn("sh", &["-c".as_ref(), script.as_ref()], &[], &log)?;
+    let script = "sleep 1000; : $0";
+    let by_command = ["-c".as_ref(), script.as_ref(), dir.as_os_str()];
+    let mut by_command = Process::spawn("sh", &by_command, &[], &log)?;
+    let children = format!("/proc/{0}/task/{0}/children", by_command.pid());
+    let child = wait_for_child(&children)?;
 
     let found = Inventory::take(&ground, &[]).without(&before);
     assert_eq!(found.only(&["mount"]).len(), 1, "{found}");
@@ -76,11 +85,24 @@ fn a_ground_takes_everything_with_it() -> Result<()> {
     drop(ground);
     assert!(by_cgroup.try_wait()?.is_some());
     assert!(by_command.try_wait()?.is_some());
+    // Nothing tells that the child belongs to the ground but that it is in the group of one that does.
+    assert!(is_zombie(child), "process {child} outlived its ground");
     assert!(!path.exists());
     assert!(!cgroup.exists() && !cgroup.parent().unwrap().exists());
     assert!(!Path::new("/sys/class/net").join(bridge).exists());
     assert!(other.path().exists());
     Ok(())
+}
+
+fn wait_for_child(children: &str) -> Result<i32> {
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        if let Ok(pid) = fs::read_to_string(children)?.trim().parse() {
+            return Ok(pid);
+        }
+        ensure!(Instant::now() < end, "no child in {children}");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
