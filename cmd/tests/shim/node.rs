@@ -67,6 +67,13 @@ pub(crate) async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
         .unwrap_or_else(|_| panic!("{what} within {PATIENCE:?}"))
 }
 
+/// The shim under test: Cargo's, or the static one that is shipped.
+pub(crate) fn shim_binary() -> PathBuf {
+    std::env::var_os("HOLDFAST_TEST_SHIM")
+        .unwrap_or_else(|| env!("CARGO_BIN_EXE_containerd-shim-holdfast-v2").into())
+        .into()
+}
+
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 pub(crate) struct Node {
@@ -162,7 +169,7 @@ impl Node {
 
     pub(crate) fn command(&self, id: &str, bundle: &Path) -> Command {
         Command {
-            binary: env!("CARGO_BIN_EXE_containerd-shim-holdfast-v2").into(),
+            binary: shim_binary(),
             namespace: "test".into(),
             id: id.into(),
             bundle: bundle.to_owned(),
