@@ -31,6 +31,8 @@ pub mod tree;
 pub mod unpack;
 
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 use std::{
