@@ -218,11 +218,7 @@ impl TestImage {
     }
 
     /// Layers as they are to be served, and what their digests are said to be uncompressed.
-    pub(super) fn with(
-        layers: Vec<(&str, Vec<u8>)>,
-        diff_ids: Vec<Digest>,
-        label: &str,
-    ) -> Self {
+    pub(super) fn with(layers: Vec<(&str, Vec<u8>)>, diff_ids: Vec<Digest>, label: &str) -> Self {
         let config = json!({
             "architecture": super::manifest::Platform::node().architecture,
             "os": "linux",
@@ -232,9 +228,7 @@ impl TestImage {
         })
         .to_string()
         .into_bytes();
-        let descriptor = |media_type: &str, bytes: &[u8]| {
-            json!({"mediaType": media_type, "digest": digest(bytes), "size": bytes.len()})
-        };
+        let descriptor = |media_type: &str, bytes: &[u8]| json!({"mediaType": media_type, "digest": digest(bytes), "size": bytes.len()});
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": MANIFEST,
@@ -401,9 +395,8 @@ impl State {
                 range.strip_prefix("bytes=").unwrap().strip_suffix('-').unwrap().parse().unwrap();
             body = content.slice(from..);
             let text = format!("bytes {from}-{}/{}", content.len() - 1, content.len());
-            response = response
-                .status(StatusCode::PARTIAL_CONTENT)
-                .header(header::CONTENT_RANGE, text);
+            response =
+                response.status(StatusCode::PARTIAL_CONTENT).header(header::CONTENT_RANGE, text);
         }
         if request.method() == Method::HEAD {
             body = Bytes::new();

@@ -118,7 +118,15 @@ fn hostile_entries_are_refused_and_nothing_is_outside() {
             Tar::new().header(&Header { kind: b'x', size: 1 << 30, ..Header::default() }).end(),
             "1 MiB",
         ),
-        ("pax nonsense", Tar::new().header(&Header { kind: b'x', size: 3, ..Header::default() }).data(b"9 x").file("a", "").end(), "PAX"),
+        (
+            "pax nonsense",
+            Tar::new()
+                .header(&Header { kind: b'x', size: 3, ..Header::default() })
+                .data(b"9 x")
+                .file("a", "")
+                .end(),
+            "PAX",
+        ),
     ];
     for (name, archive, part) in cases {
         let dir = tempfile::tempdir().unwrap();
@@ -158,11 +166,32 @@ fn links_inside_the_layer_are_followed() {
 
 #[test]
 fn attributes_are_exact() {
-    let capability = b"\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
+    let capability =
+        b"\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00";
     let archive = Tar::new()
-        .header(&Header { path: b"./", kind: b'5', mode: 0o1750, uid: 7, gid: 8, ..Header::default() })
-        .header(&Header { path: b"d/", kind: b'5', mode: 0o2775, gid: 50, mtime: 5, ..Header::default() })
-        .header(&Header { path: b"d/setuid", mode: 0o6755, uid: 1000, gid: 1001, ..Header::default() })
+        .header(&Header {
+            path: b"./",
+            kind: b'5',
+            mode: 0o1750,
+            uid: 7,
+            gid: 8,
+            ..Header::default()
+        })
+        .header(&Header {
+            path: b"d/",
+            kind: b'5',
+            mode: 0o2775,
+            gid: 50,
+            mtime: 5,
+            ..Header::default()
+        })
+        .header(&Header {
+            path: b"d/setuid",
+            mode: 0o6755,
+            uid: 1000,
+            gid: 1001,
+            ..Header::default()
+        })
         .pax(&[
             ("mtime", b"1234567890.123456789"),
             ("SCHILY.xattr.security.capability", capability),
@@ -173,8 +202,20 @@ fn attributes_are_exact() {
         .file("d/ping", "data")
         .pax(&[("mtime", b"-1.25")])
         .symlink("d/link", "ping")
-        .header(&Header { path: b"null", kind: b'3', mode: 0o666, device: (1, 3), ..Header::default() })
-        .header(&Header { path: b"block", kind: b'4', mode: 0o660, device: (259, 300), ..Header::default() })
+        .header(&Header {
+            path: b"null",
+            kind: b'3',
+            mode: 0o666,
+            device: (1, 3),
+            ..Header::default()
+        })
+        .header(&Header {
+            path: b"block",
+            kind: b'4',
+            mode: 0o660,
+            device: (259, 300),
+            ..Header::default()
+        })
         .header(&Header { path: b"fifo", kind: b'6', mode: 0o600, uid: 2, ..Header::default() })
         .hard_link("d/again", "d/ping")
         .pax(&[("path", b"caf\xe9 \xff\n")])
@@ -339,16 +380,11 @@ fn random_tree(dir: &Path, random: &mut rand::rngs::StdRng) {
                 std::fs::hard_link(old, &path).unwrap();
                 continue;
             }
-            5 => rustix::fs::mknodat(
-                CWD,
-                &path,
-                FileType::Fifo,
-                Mode::from_raw_mode(0o600),
-                0,
-            )
-            .unwrap(),
+            5 => rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::from_raw_mode(0o600), 0)
+                .unwrap(),
             6 => {
-                let device = rustix::fs::makedev(random.random_range(1..500), random.random_range(0..2000));
+                let device =
+                    rustix::fs::makedev(random.random_range(1..500), random.random_range(0..2000));
                 let mode = Mode::from_raw_mode(0o600);
                 rustix::fs::mknodat(CWD, &path, FileType::CharacterDevice, mode, device).unwrap();
             }
@@ -357,9 +393,9 @@ fn random_tree(dir: &Path, random: &mut rand::rngs::StdRng) {
                 let file = std::fs::File::create(&path).unwrap();
                 file.write_all_at(&[1; 5000], 0).unwrap();
                 for piece in 1..random.random_range(1..40u64) {
-                    file.write_all_at(&[piece as u8; 4096], piece * 300_000).unwrap();
+                    file.write_all_at(&[piece as u8; 4096], piece * 30_000).unwrap();
                 }
-                file.set_len(14_000_000).unwrap();
+                file.set_len(1_400_000).unwrap();
                 files.push(path.clone());
             }
             _ => {
@@ -381,7 +417,8 @@ fn random_tree(dir: &Path, random: &mut rand::rngs::StdRng) {
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
         }
         if path.is_file() && random.random_range(0..3) == 0 {
-            let value: Vec<u8> = (0..random.random_range(1..200)).map(|_| random.random()).collect();
+            let value: Vec<u8> =
+                (0..random.random_range(1..200)).map(|_| random.random()).collect();
             rustix::fs::setxattr(&path, "user.random", &value, XattrFlags::empty()).unwrap();
         }
         let seconds = random.random_range(0..8_000_000_000);
@@ -412,7 +449,7 @@ fn gnu_tar(dir: &Path, arguments: &[&str]) -> Vec<u8> {
 #[test]
 fn what_gnu_tar_archives_comes_out_the_same() {
     let attributes = ["--xattrs", "--xattrs-include=*"];
-    for seed in 0..4 {
+    for seed in 0..3 {
         let mut random = rand::rngs::StdRng::seed_from_u64(seed);
         let dir = tempfile::tempdir().unwrap();
         let tree = dir.path().join("tree");
@@ -440,8 +477,10 @@ fn what_gnu_tar_archives_comes_out_the_same() {
                 .enumerate()
         {
             let archive = gnu_tar(&tree, format);
-            let (ours, theirs) =
-                (dir.path().join(format!("ours-{number}")), dir.path().join(format!("theirs-{number}")));
+            let (ours, theirs) = (
+                dir.path().join(format!("ours-{number}")),
+                dir.path().join(format!("theirs-{number}")),
+            );
             unpack_to(&ours, &archive).unwrap();
             std::fs::create_dir(&theirs).unwrap();
             let mut tar = Command::new("tar")
@@ -466,7 +505,8 @@ fn pretty(
     let mut difference = String::new();
     for path in got.keys().chain(want.keys()) {
         if got.get(path) != want.get(path) {
-            difference += &format!("{path}\n  got  {:?}\n  want {:?}\n", got.get(path), want.get(path));
+            difference +=
+                &format!("{path}\n  got  {:?}\n  want {:?}\n", got.get(path), want.get(path));
         }
     }
     assert!(difference.is_empty(), "{what}:\n{difference}");
@@ -524,7 +564,7 @@ proptest! {
         }
         for source in [&archive[..], &start[..]] {
             let mut reader = Archive::new(BufReader::with_capacity(513, source));
-            while let Ok(Some(entry)) = reader.next() {
+            while let Ok(Some(entry)) = reader.entry() {
                 let mut taken = 0;
                 while reader.data(u64::MAX, |data| {
                     taken += data.len() as u64;
@@ -547,7 +587,7 @@ proptest! {
             .file("x", &data)
             .end();
         let mut reader = Archive::new(BufReader::with_capacity(100, &archive[..]));
-        let entry = reader.next().unwrap().unwrap();
+        let entry = reader.entry().unwrap().unwrap();
         prop_assert_eq!(&entry.path, &path);
         prop_assert_eq!(entry.mtime.seconds, seconds);
         let mut read = Vec::new();
@@ -556,7 +596,7 @@ proptest! {
             Ok::<_, tar::Error>(piece.len())
         }).unwrap() {}
         prop_assert_eq!(read, data);
-        prop_assert!(reader.next().unwrap().is_none());
+        prop_assert!(reader.entry().unwrap().is_none());
         let mut rest = Vec::new();
         reader.finish().unwrap().read_to_end(&mut rest).unwrap();
         prop_assert!(rest.is_empty());
