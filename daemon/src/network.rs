@@ -52,7 +52,6 @@ use self::{
     record::{Found, Record, Records},
 };
 pub use self::{
-    config::Skipped,
     plugin::{Failure, Verb},
     result::Flaw,
 };
@@ -364,7 +363,7 @@ fn flatten<T>(joined: Result<Result<T, Error>, tokio::task::JoinError>) -> Resul
     }
 }
 
-type Orphans = Mutex<HashMap<PodId, Vec<std::os::fd::OwnedFd>>>;
+type Orphans = Mutex<HashMap<PodId, Vec<orphan::Orphan>>>;
 
 struct Inner {
     conf_dir: PathBuf,

@@ -250,22 +250,14 @@ impl Node {
     }
 }
 
+/// Where runtimes expect cgroups.
+const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
 impl Cgroup {
     fn discover() -> Result<Cgroup, Error> {
-        let mountinfo = read_bytes("/proc/self/mountinfo")?;
-        let mounts = parse_mountinfo(&mountinfo);
-        let unified = Path::new("/sys/fs/cgroup");
-        // A hierarchy that somebody mounted elsewhere is not one that runtimes look at.
-        let v1: Vec<&MountInfo> = mounts
-            .iter()
-            .filter(|m| m.fs_type == "cgroup" && m.target.starts_with(unified))
-            .collect();
-        let v2 = mounts.iter().find(|m| m.fs_type == "cgroup2");
-        let mode = match (v1.is_empty(), v2) {
-            (true, _) => CgroupMode::V2,
-            (false, Some(_)) => CgroupMode::Hybrid,
-            (false, None) => CgroupMode::V1,
-        };
+        let mounts = parse_mountinfo(&read_bytes("/proc/self/mountinfo")?);
+        let unified = Path::new(CGROUP_ROOT);
+        let (mode, v1) = cgroup_mode(&mounts);
         let controllers = match mode {
             CgroupMode::V2 => fs::read_to_string(unified.join("cgroup.controllers"))
                 .map(|text| text.split_whitespace().map(str::to_owned).collect())
@@ -297,6 +289,22 @@ impl Cgroup {
     pub fn has(&self, controller: &str) -> bool {
         self.controllers.contains(controller)
     }
+}
+
+/// How the hierarchies are mounted, and the v1 ones. One that somebody mounted elsewhere is not one
+/// that runtimes look at.
+fn cgroup_mode(mounts: &[MountInfo]) -> (CgroupMode, Vec<&MountInfo>) {
+    let of = |kind: &str| -> Vec<&MountInfo> {
+        let here = mounts.iter().filter(|m| m.target.starts_with(CGROUP_ROOT));
+        here.filter(|m| m.fs_type == kind).collect()
+    };
+    let (v1, v2) = (of("cgroup"), of("cgroup2"));
+    let mode = match (v1.is_empty(), v2.is_empty()) {
+        (true, _) => CgroupMode::V2,
+        (false, false) => CgroupMode::Hybrid,
+        (false, true) => CgroupMode::V1,
+    };
+    (mode, v1)
 }
 
 fn v1_controllers(mounts: &[&MountInfo]) -> BTreeSet<String> {
@@ -616,8 +624,26 @@ mod tests {
         assert_eq!(propagation("/variable"), HostPropagation::Shared);
         assert_eq!(propagation("/sys/fs/cgroup/cpu"), HostPropagation::Private);
         assert_eq!(propagation("/top/x"), HostPropagation::Slave, "the upper of two mounts");
-        let v1: Vec<_> = table.iter().filter(|m| m.fs_type == "cgroup").collect();
+        let (mode, v1) = cgroup_mode(&table);
+        assert_eq!(mode, CgroupMode::V1);
         assert_eq!(v1_controllers(&v1), ["cpu", "cpuacct"].map(str::to_owned).into());
+    }
+
+    #[test]
+    fn cgroups_are_v1_v2_or_both() {
+        let mode = |lines: &[(&str, &str)]| {
+            let text: String = lines
+                .iter()
+                .map(|(target, kind)| format!("1 1 0:1 / {target} rw - {kind} x rw,memory\n"))
+                .collect();
+            cgroup_mode(&parse_mountinfo(text.as_bytes())).0
+        };
+        let (v1, v2) = (("/sys/fs/cgroup/memory", "cgroup"), ("/sys/fs/cgroup", "cgroup2"));
+        assert_eq!(mode(&[v1]), CgroupMode::V1);
+        assert_eq!(mode(&[v2]), CgroupMode::V2);
+        assert_eq!(mode(&[v1, ("/sys/fs/cgroup/unified", "cgroup2")]), CgroupMode::Hybrid);
+        assert_eq!(mode(&[v2, ("/tmp/hugetlb", "cgroup")]), CgroupMode::V2);
+        assert_eq!(mode(&[v1, ("/mnt/v2", "cgroup2")]), CgroupMode::V1);
     }
 
     #[test]

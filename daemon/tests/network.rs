@@ -484,7 +484,7 @@ fn the_runtime_costs_little_over_the_bare_plugins() {
             "ADD: {add:?}, bare plugins {bare_add:?}; DEL: {del:?}, bare plugins {bare_del:?}"
         );
         // The goal is 2 ms; the bound leaves room for a machine that is busy with other tests.
-        let bound = Duration::from_millis(15);
+        let bound = Duration::from_millis(20);
         assert!(add < bare_add + bound, "ADD {add:?}, bare plugins {bare_add:?}");
         assert!(del < bare_del + bound, "DEL {del:?}, bare plugins {bare_del:?}");
     });

@@ -29,7 +29,7 @@ use crate::{
     options::PodOptions,
     process::{Owned, Reaper, lock},
     publish::Events,
-    runtime::{self, Checkpoint, Reason, Runtime},
+    runtime::{self, Checkpoint, Place, Reason, Runtime},
     server::timestamp,
     stdio::{self, Io, Sink, Source},
 };
@@ -503,10 +503,12 @@ impl Pod {
             .create(
                 &self.reaper,
                 &container.id,
-                container.bundle.dir(),
-                &pid_file,
-                console.as_deref(),
-                given,
+                Place {
+                    bundle: container.bundle.dir(),
+                    pid_file: &pid_file,
+                    console: console.as_deref(),
+                    streams: given,
+                },
             )
             .await;
         let adopted = match created {
@@ -643,10 +645,12 @@ impl Pod {
             .restore(
                 &self.reaper,
                 &container.id,
-                container.bundle.dir(),
-                &pid_file,
-                console.as_deref(),
-                given,
+                Place {
+                    bundle: container.bundle.dir(),
+                    pid_file: &pid_file,
+                    console: console.as_deref(),
+                    streams: given,
+                },
                 &images,
             )
             .await;
@@ -776,7 +780,17 @@ impl Pod {
         let launch = self.reaper.launch();
         let started = container
             .runtime
-            .exec(&self.reaper, &container.id, &process.spec, &pid_file, console.as_deref(), given)
+            .exec(
+                &self.reaper,
+                &container.id,
+                &process.spec,
+                Place {
+                    bundle: container.bundle.dir(),
+                    pid_file: &pid_file,
+                    console: console.as_deref(),
+                    streams: given,
+                },
+            )
             .await;
         let pid = read_pid(&pid_file);
         let _ = fs::remove_file(&pid_file);

@@ -123,6 +123,16 @@ pub(crate) struct Streams {
     pub(crate) stderr: Option<OwnedFd>,
 }
 
+/// Where a new process is made: what `create`, `restore` and `exec` have in common.
+pub(crate) struct Place<'a> {
+    pub(crate) bundle: &'a Path,
+    /// Where the runtime writes the pid.
+    pub(crate) pid_file: &'a Path,
+    /// The socket that gets the master of its terminal.
+    pub(crate) console: Option<&'a Path>,
+    pub(crate) streams: Streams,
+}
+
 /// `state` of a container.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct State {
@@ -167,14 +177,11 @@ impl Runtime {
         &self,
         reaper: &Arc<Reaper>,
         id: &str,
-        bundle: &Path,
-        pid_file: &Path,
-        console: Option<&Path>,
-        streams: Streams,
+        place: Place<'_>,
     ) -> Called<()> {
         let mut call = self.call("create");
-        call.arg("--bundle").arg(bundle).arg("--pid-file").arg(pid_file);
-        if let Some(console) = console {
+        call.arg("--bundle").arg(place.bundle).arg("--pid-file").arg(place.pid_file);
+        if let Some(console) = place.console {
             call.arg("--console-socket").arg(console);
         }
         if self.no_pivot {
@@ -183,7 +190,7 @@ impl Runtime {
         if self.no_new_keyring {
             call.arg("--no-new-keyring");
         }
-        call.arg(id).streams(streams).run(reaper).await.map(drop)
+        call.arg(id).streams(place.streams).run(reaper).await.map(drop)
     }
 
     /// Makes a container from a checkpoint; it runs at once.
@@ -191,10 +198,7 @@ impl Runtime {
         &self,
         reaper: &Arc<Reaper>,
         id: &str,
-        bundle: &Path,
-        pid_file: &Path,
-        console: Option<&Path>,
-        streams: Streams,
+        place: Place<'_>,
         images: &Path,
     ) -> Called<()> {
         let mut call = self.call("restore");
@@ -202,14 +206,14 @@ impl Runtime {
         if !self.criu_work.as_os_str().is_empty() {
             call.arg("--work-path").arg(&self.criu_work);
         }
-        call.arg("--bundle").arg(bundle).arg("--pid-file").arg(pid_file);
-        if let Some(console) = console {
+        call.arg("--bundle").arg(place.bundle).arg("--pid-file").arg(place.pid_file);
+        if let Some(console) = place.console {
             call.arg("--console-socket").arg(console);
         }
         if self.no_pivot {
             call.arg("--no-pivot");
         }
-        call.arg(id).streams(streams).run(reaper).await.map(drop)
+        call.arg(id).streams(place.streams).run(reaper).await.map(drop)
     }
 
     pub(crate) async fn start(&self, reaper: &Arc<Reaper>, id: &str) -> Called<()> {
@@ -222,19 +226,18 @@ impl Runtime {
         reaper: &Arc<Reaper>,
         id: &str,
         process: &[u8],
-        pid_file: &Path,
-        console: Option<&Path>,
-        streams: Streams,
+        place: Place<'_>,
     ) -> Called<()> {
         let io = |source| Error::Io { binary: self.name(), verb: "exec", source };
         let mut file = memfd(c"process.json").map_err(io)?;
         file.write_all(process).map_err(io)?;
         let mut call = self.call("exec");
-        call.arg("--detach").arg("--pid-file").arg(pid_file).arg("--process").arg(alias(&file));
-        if let Some(console) = console {
+        call.arg("--detach").arg("--pid-file").arg(place.pid_file);
+        call.arg("--process").arg(alias(&file));
+        if let Some(console) = place.console {
             call.arg("--tty").arg("--console-socket").arg(console);
         }
-        call.arg(id).streams(streams).run(reaper).await.map(drop)
+        call.arg(id).streams(place.streams).run(reaper).await.map(drop)
     }
 
     pub(crate) async fn kill(

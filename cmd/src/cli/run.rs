@@ -75,13 +75,24 @@ pub(super) async fn run(client: &mut Client, args: Run) -> Result<u8> {
     };
     let mut runtime = client.runtime.clone();
     let created = interrupts.defer(client.slow(runtime.run_pod_sandbox(pod))).await;
-    let pod = match created.context("create the pod") {
-        Ok(pod) => pod.pod_sandbox_id,
-        Err(error) => {
-            logs.remove()?;
-            return Err(error);
-        }
-    };
+    let pod =
+        match created.context("create the pod") {
+            Ok(pod) => pod.pod_sandbox_id,
+            Err(error) => {
+                // No answer is not a no: the daemon may be making the pod all the same.
+                let late =
+                    client.pods().await.unwrap_or_default().into_iter().find(|pod| {
+                        pod.metadata.as_ref().is_some_and(|metadata| metadata.uid == uid)
+                    });
+                return Err(match late {
+                    Some(pod) => undo_after(error, client, &pod.id, &logs).await,
+                    None => {
+                        logs.remove()?;
+                        error
+                    }
+                });
+            }
+        };
     let started = start(client, &mut interrupts, &pod, pod_config, container_config).await;
     let container = match started {
         Ok(Some(container)) => container,
@@ -90,10 +101,7 @@ pub(super) async fn run(client: &mut Client, args: Run) -> Result<u8> {
             return Ok(exit_code(INTERRUPTED));
         }
         Err(error) => {
-            return Err(match undo(client, &pod, &logs).await {
-                Ok(()) => error,
-                Err(left) => Hint::on(error, format!("pod {pod} could not be removed: {left:#}")),
-            });
+            return Err(undo_after(error, client, &pod, &logs).await);
         }
     };
     if args.detach {
@@ -177,6 +185,19 @@ async fn follow(
 async fn undo(client: &Client, pod: &str, logs: &LogDirectory) -> Result<()> {
     remove::force_remove_pod(client, pod).await?;
     logs.remove()
+}
+
+/// Undoes after an error; the error, and what is left if that fails too.
+async fn undo_after(
+    error: anyhow::Error,
+    client: &Client,
+    pod: &str,
+    logs: &LogDirectory,
+) -> anyhow::Error {
+    match undo(client, pod, logs).await {
+        Ok(()) => error,
+        Err(left) => Hint::on(error, format!("pod {pod} could not be removed: {left:#}")),
+    }
 }
 
 async fn ensure_image(client: &mut Client, args: &Run) -> Result<String> {

@@ -50,6 +50,8 @@ pub(crate) struct State {
     pub(crate) imported: Vec<u8>,
     pub(crate) import_name: String,
     pub(crate) not_ready: bool,
+    /// RunPodSandbox makes the pod and does not answer.
+    pub(crate) mute: bool,
     pub(crate) has_admin: bool,
 }
 
@@ -227,18 +229,24 @@ impl RuntimeService for Fake {
         request: Request<cri::RunPodSandboxRequest>,
     ) -> Answer<cri::RunPodSandboxResponse> {
         let request = request.into_inner();
-        let config = request.config.unwrap();
-        let mut state = self.call("RunPodSandbox", &request.runtime_handler)?;
-        let id = format!("{:0>64}", state.pods.len() + 0xa0);
-        state.pods.push(cri::PodSandbox {
-            id: id.clone(),
-            metadata: config.metadata.clone(),
-            annotations: config.annotations.clone(),
-            labels: config.labels.clone(),
-            ..Default::default()
-        });
-        state.pod_configs.push(config);
-        Ok(Response::new(cri::RunPodSandboxResponse { pod_sandbox_id: id }))
+        let (pod_sandbox_id, mute) = {
+            let config = request.config.unwrap();
+            let mut state = self.call("RunPodSandbox", &request.runtime_handler)?;
+            let id = format!("{:0>64}", state.pods.len() + 0xa0);
+            state.pods.push(cri::PodSandbox {
+                id: id.clone(),
+                metadata: config.metadata.clone(),
+                annotations: config.annotations.clone(),
+                labels: config.labels.clone(),
+                ..Default::default()
+            });
+            state.pod_configs.push(config);
+            (id, state.mute)
+        };
+        if mute {
+            std::future::pending::<()>().await;
+        }
+        Ok(Response::new(cri::RunPodSandboxResponse { pod_sandbox_id }))
     }
 
     async fn create_container(

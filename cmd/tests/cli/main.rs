@@ -378,6 +378,16 @@ async fn a_run_that_fails_leaves_nothing() {
 }
 
 #[tokio::test]
+async fn a_pod_that_came_after_the_deadline_is_removed() {
+    let node = Node::new(State { mute: true, ..with_image() });
+    let logs = node.path("logs");
+    let words = ["run", "--timeout", "500ms", "--log-dir", &logs, "r:5000/busybox:1"];
+    node.run(&words).await.fails(125, "create the pod: no answer from");
+    assert!(node.calls().contains(&"RunPodSandbox".to_owned()));
+    assert!(node.fake.state().pods.is_empty());
+}
+
+#[tokio::test]
 async fn run_never_pulls_when_told_so() {
     let node = Node::new(with_image());
     let ran = node.run(&["run", "--pull", "never", "--log-dir", &node.path("l"), "r/new:1"]).await;

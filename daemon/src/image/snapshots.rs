@@ -137,9 +137,11 @@ impl Snapshots {
     /// Directory, record, memory: a full disk has room for the record once the directory is gone.
     pub(super) async fn remove(&self, id: &ContainerId) -> Result<(), Error> {
         let path = self.dirs.snapshots().join(id);
-        super::blocking(move || tree::remove(&path))
-            .await?
-            .map_err(|source| Error::Snapshot { doing: "remove", id: id.clone(), source })?;
+        super::blocking(move || tree::remove(&path)).await?.map_err(|source| Error::Snapshot {
+            doing: "remove",
+            id: id.clone(),
+            source,
+        })?;
         self.store.remove_snapshot(id).await?;
         self.known.lock().expect("no panic while it is held").remove(id);
         Ok(())

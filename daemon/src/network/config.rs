@@ -251,11 +251,11 @@ fn versions(object: &Map<String, Value>) -> Result<Vec<Version>, Flaw> {
 
 /// A file that was not used.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Skipped {
+pub(super) struct Skipped {
     /// Its path.
-    pub file: PathBuf,
+    pub(super) file: PathBuf,
     /// Why, in words.
-    pub reason: String,
+    pub(super) reason: String,
 }
 
 impl fmt::Display for Skipped {

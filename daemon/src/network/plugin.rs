@@ -46,6 +46,9 @@ const BUSY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_milli
 /// Deadline of VERSION, which does no work.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Name of the file in memory that is a plugin's stdin. A later daemon knows our plugins by it.
+pub(super) const STDIN_NAME: &str = "holdfast-cni-config";
+
 /// `PATH` for plugins when the daemon has none: they call iptables, ip, modprobe.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -367,8 +370,8 @@ fn wait_failed(error: io::Error) -> Failure {
 
 /// A file in memory that holds the configuration: whatever its size, it is written without
 /// waiting for the plugin to read it.
-fn on_stdin(config: &[u8]) -> io::Result<File> {
-    let mut file = File::from(rustix::fs::memfd_create("cni-config", MemfdFlags::CLOEXEC)?);
+pub(super) fn on_stdin(config: &[u8]) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create(STDIN_NAME, MemfdFlags::CLOEXEC)?);
     file.write_all(config)?;
     file.rewind()?;
     Ok(file)

@@ -1,6 +1,9 @@
 //! One configuration, one reviewed JSON. `plain.snap` is a whole spec; every other snapshot has
 //! what its configuration changes in it, as `added` and `removed` where a list differs.
 
+use std::path::Path;
+
+use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
 use super::*;
@@ -849,22 +852,50 @@ fn what_cannot_be_is_refused_and_says_why() {
     }
 }
 
-#[test]
-fn parents_are_mounted_before_what_lies_below_them() {
-    let scene = Scene::with(|s| {
-        for target in ["/a/b/c/d", "/sys/fs/cgroup/x", "/a", "/a/b/c", "/dev/shm/y", "/a/b", "/z"] {
-            s.mount(bind("/srv", target), HostPropagation::Private);
+proptest! {
+    #[test]
+    fn mounts_are_absolute_unique_and_after_their_parents(
+        targets in proptest::collection::vec("(/(a|b|dev|shm|sys|etc|hosts|\\.|\\.\\.)){1,5}/?", 0..8)
+    ) {
+        let scene = Scene::with(|s| {
+            for target in &targets {
+                s.mount(bind("/srv", target), HostPropagation::Private);
+            }
+        });
+        let Ok(spec) = scene.spec() else {
+            let root = |target: &String| mounts::clean(target) == Path::new("/");
+            prop_assert!(targets.iter().any(root), "refused: {targets:?}");
+            return Ok(());
+        };
+        let order: Vec<_> = spec
+            .mounts()
+            .as_ref()
+            .unwrap()
+            .iter()
+            .map(|mount| mount.destination().clone())
+            .collect();
+        for (at, target) in order.iter().enumerate() {
+            prop_assert!(target.is_absolute());
+            prop_assert!(!target.components().any(|part| part == std::path::Component::ParentDir));
+            for later in &order[at + 1..] {
+                prop_assert!(!target.starts_with(later), "{later:?} hides {target:?}");
+            }
         }
-    });
-    let spec = scene.spec().unwrap();
-    let order: Vec<_> =
-        spec.mounts().as_ref().unwrap().iter().map(|mount| mount.destination().clone()).collect();
-    for (at, target) in order.iter().enumerate() {
-        assert!(
-            order[at..].iter().all(|later| later == target || !target.starts_with(later)),
-            "{} comes before a parent of it: {order:?}",
-            target.display()
-        );
+        for target in &targets {
+            prop_assert!(order.contains(&mounts::clean(target)), "{target} is mounted");
+        }
+    }
+
+    #[test]
+    fn no_path_panics_and_none_leads_out(path: String) {
+        let clean = mounts::clean(&path);
+        prop_assert!(clean.is_absolute());
+        prop_assert_eq!(mounts::clean(clean.to_str().unwrap()), clean);
+    }
+
+    #[test]
+    fn no_output_of_a_runtime_panics(bytes: Vec<u8>) {
+        let _ = RuntimeFeatures::parse(&bytes);
     }
 }
 
