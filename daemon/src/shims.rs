@@ -103,8 +103,8 @@ impl Shims {
             publish_binary: std::env::current_exe().unwrap_or_else(|_| "holdfastd".into()),
             options: options.and_then(|o| o.into_option()),
             env: vec![(
-                "HOLDFAST_RUNTIME_TIMEOUT_MS".into(),
-                self.timeout.as_millis().to_string(),
+                "HOLDFAST_RUNTIME_TIMEOUT".into(),
+                self.timeout.as_secs().max(1).to_string(),
             )],
             debug: self.debug,
             socket_dir: self.sockets.clone(),

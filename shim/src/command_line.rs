@@ -406,6 +406,7 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
     }
     namespaces::remove(bundle);
     let _ = fs::remove_file(bundle.io_socket());
+    remove_dead_socket(bundle);
     if !problems.is_empty() {
         return Err(problems.join("; "));
     }
@@ -416,6 +417,21 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
         // Nobody saw its end but us.
         None => crate::pod::Ended { pid, status: 137, at: SystemTime::now() },
     })
+}
+
+/// Removes the socket that a shim which was killed has left. A bundle of a container names its pod's
+/// socket, which is not to go while that shim lives.
+fn remove_dead_socket(bundle: &Bundle) {
+    let Ok(address) = fs::read_to_string(bundle.address()) else { return };
+    let Some(path) = address.trim().strip_prefix("unix://").filter(|path| path.starts_with('/'))
+    else {
+        return;
+    };
+    let refused = UnixStream::connect(path)
+        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    if refused {
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// Kills a container whose shim is gone, and waits until it is.
