@@ -503,7 +503,7 @@ impl Images {
     }
 
     /// The root file system of a container.
-    pub async fn snapshot(&self, id: &ContainerId) -> Option<Snapshot> {
+    pub fn snapshot(&self, id: &ContainerId) -> Option<Snapshot> {
         self.shared.snapshots.get(id)
     }
 

@@ -1,12 +1,223 @@
-//! Everything behind the CRI socket.
+//! Everything behind the CRI socket. [`run`] is the daemon; the binary only calls it.
 
 pub mod config;
 pub mod cri;
 pub mod error;
+pub mod events;
+pub mod features;
 pub mod id;
 pub mod image;
 pub mod network;
+pub mod node;
+pub mod notify;
 pub mod pod;
+pub mod shims;
 pub mod spec;
+pub mod stats;
 pub mod store;
 pub mod streaming;
+
+use std::{
+    fs, io,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use holdfast_protos::{
+    admin::admin_server::AdminServer,
+    cri::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
+};
+use holdfast_shim::events::{Event, serve as serve_events};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tracing::{info, warn};
+
+use crate::{
+    config::Config,
+    error::chain,
+    image::Images,
+    network::Network,
+    pod::{Pods, Services},
+    shims::{Shims, private_dir},
+    store::Store,
+};
+
+/// Largest gRPC message, in and out: what the kubelet allows itself.
+const MESSAGE_LIMIT: usize = 16 << 20;
+
+/// How long open requests may still take at shutdown.
+const GOODBYE: Duration = Duration::from_secs(5);
+
+/// Why the daemon did not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each message is its documentation")]
+pub enum Error {
+    #[error("{what} {path}")]
+    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("another holdfastd runs with state directory {0}: end it first, or use another directory")]
+    Running(PathBuf),
+    #[error("{0} exists and is not a socket: move it away, or set grpc.socket")]
+    NotASocket(PathBuf),
+    #[error("database")]
+    Store(#[from] store::Error),
+    #[error("images")]
+    Images(#[from] image::Error),
+    #[error("network")]
+    Network(#[from] network::Error),
+    #[error("node")]
+    Node(#[from] node::Error),
+    #[error("pods")]
+    Pods(#[from] pod::Error),
+    #[error("streaming server")]
+    Streaming(#[from] holdfast_streaming::Error),
+    #[error("CRI server")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { what, path, source }
+}
+
+/// Runs the daemon until `shutdown` is ready. Pods and containers outlive it.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    private_dir(&config.root).map_err(at("make", &config.root))?;
+    private_dir(&config.state).map_err(at("make", &config.state))?;
+    let _lock = lock(&config.state)?;
+
+    let store = Store::open(&config.root.join("holdfast.db"))?;
+    let images = Images::open(&config.root, config.images.clone(), store.clone()).await?;
+    let network = Network::open(config.network.clone(), config.root.join("cni"))?;
+    let shims = Arc::new(Shims::new(&config).map_err(at("make", &config.state))?);
+    let services = Arc::new(Services {
+        events: events::Events::default(),
+        features: features::Features::discover(&config.runtime).await,
+        node: node::Node::discover()?,
+        store,
+        images,
+        network,
+        shims: shims.clone(),
+        config: config.clone(),
+    });
+    let pods = Pods::new(services);
+    // Listed before anybody can ask, and before a shim can tell of an exit.
+    pods.recover().await?;
+
+    let told = pods.clone();
+    let events = serve_events(bind(&shims.events, 0o600)?, move |_namespace, event| {
+        let pods = told.clone();
+        async move {
+            match event {
+                // An exec's exit is its waiter's business.
+                Event::Exit { container_id, id, status, at, .. } if container_id == id => {
+                    pods.exited(&container_id, at, status).await
+                }
+                _ => true,
+            }
+        }
+    });
+    let events = tokio::spawn(events);
+
+    let socket = &config.grpc.socket;
+    if let Some(dir) = socket.parent() {
+        fs::create_dir_all(dir).map_err(at("make", dir))?;
+    }
+    let listener = bind(socket, 0o660)?;
+    std::os::unix::fs::chown(socket, None, Some(config.grpc.gid)).map_err(at("give", socket))?;
+    let streaming = &config.streaming;
+    let streaming = holdfast_streaming::Server::bind(holdfast_streaming::Config {
+        address: streaming.address,
+        tls: streaming.tls.as_ref().map(|(certificates, key)| holdfast_streaming::Tls {
+            certificates: certificates.clone(),
+            key: key.clone(),
+        }),
+        limits: Default::default(),
+    });
+    let streaming = Arc::new(streaming.await?);
+    let (end_streams, streams_end) = tokio::sync::oneshot::channel::<()>();
+    let sessions = Arc::new(streaming::Sessions(pods.clone()));
+    let streams = tokio::spawn(streaming.clone().serve(sessions, async {
+        let _ = streams_end.await;
+    }));
+    let service = cri::Service::new(pods.clone(), streaming);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = tonic::transport::Server::builder()
+        .add_service(
+            RuntimeServiceServer::new(service.clone())
+                .max_decoding_message_size(MESSAGE_LIMIT)
+                .max_encoding_message_size(MESSAGE_LIMIT),
+        )
+        .add_service(
+            ImageServiceServer::new(service.clone())
+                .max_decoding_message_size(MESSAGE_LIMIT)
+                .max_encoding_message_size(MESSAGE_LIMIT),
+        )
+        .add_service(AdminServer::new(service).max_decoding_message_size(MESSAGE_LIMIT))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+            let _ = stopped.await;
+        });
+    let mut server = tokio::spawn(server);
+    info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
+    notify::ready();
+
+    let sweeper = {
+        let pods = pods.clone();
+        tokio::spawn(async move { pods.sweep().await })
+    };
+
+    tokio::select! {
+        // A server that broke off is told of even if the end was asked for meanwhile.
+        biased;
+        ended = &mut server => {
+            ended.unwrap_or(Ok(()))?;
+            warn!("the CRI server ended by itself");
+        }
+        () = shutdown => {}
+    }
+    info!("ending; pods go on");
+    notify::stopping();
+    sweeper.abort();
+    let _ = stop.send(());
+    let _ = end_streams.send(());
+    // Requests first: what they wait for is still being done.
+    if !server.is_finished() && tokio::time::timeout(GOODBYE, &mut server).await.is_err() {
+        server.abort();
+    }
+    if tokio::time::timeout(GOODBYE, streams).await.is_err() {
+        warn!("a streaming session did not end in time");
+    }
+    pods.close().await;
+    pods.services().network.drain().await;
+    pods.services().images.shutdown().await;
+    events.abort();
+    // Nobody can connect any more; a client learns so at once.
+    if let Err(error) = fs::remove_file(socket) {
+        warn!(error = %chain(&error), "the socket file stays");
+    }
+    Ok(())
+}
+
+/// One daemon per state directory. Held until the process ends, however it ends.
+fn lock(state: &Path) -> Result<nix::fcntl::Flock<fs::File>, Error> {
+    let path = state.join("lock");
+    let file = fs::File::create(&path).map_err(at("make", &path))?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
+        .map_err(|_| Error::Running(state.to_owned()))
+}
+
+/// A listening socket in place of one that an earlier daemon left; the lock says there is no other.
+fn bind(path: &Path, mode: u32) -> Result<UnixListener, Error> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(Error::NotASocket(path.to_owned()));
+        }
+        Ok(_) => fs::remove_file(path).map_err(at("remove", path))?,
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).map_err(at("listen at", path))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode))
+        .map_err(at("set the mode of", path))?;
+    Ok(listener)
+}

@@ -1,3 +1,552 @@
-//! Pods and their containers.
+//! Pods and their containers. Each pod has one owner, a task that alone changes it; everybody else
+//! reads an immutable view that the owner publishes.
+//!
+//! - [`config`]: what is asked for.
+//! - [`state`]: what is legal.
+//! - `task`: the owner. Work that takes time runs beside it, one future per operation; a second
+//!   request for the same operation joins the first.
+//! - `run`: bringing a pod up and taking it down.
+//! - `container`: making, starting, stopping and removing containers.
+//! - `exec`: ExecSync.
+//! - `recover`: what is done at start-up.
 
 pub mod config;
+mod container;
+pub(crate) mod exec;
+mod recover;
+mod run;
+pub mod state;
+mod task;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    path::PathBuf,
+    sync::{Arc, RwLock, atomic::AtomicBool},
+    time::{Duration, SystemTime},
+};
+
+use holdfast_shim::{client, control::Control};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use exec::ExecOutput;
+
+use crate::{
+    config::{Config, Handler},
+    error::{Kind, Kinded},
+    id::{ContainerId, PodId},
+    image::{self, Images},
+    network::{self, Network},
+    node::{self, Node},
+    pod::{
+        config::{ContainerConfig, PodConfig, Resources},
+        state::{ContainerState, PodState},
+    },
+    shims::{self, Link, Shims},
+    spec,
+    store::{
+        self, Store,
+        pods::{ContainerRecord, PodRecord},
+    },
+};
+
+/// Commands that wait for a pod's owner. A full queue makes callers of that pod wait, nobody else.
+const COMMANDS: usize = 64;
+
+/// How long a call waits for a shim that is being reached again after a restart of ours.
+const RECONNECT: Duration = Duration::from_secs(20);
+
+/// Why something about a pod or container was not done. Shared by everybody who joined.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each message is its documentation")]
+pub enum Error {
+    #[error("no pod {0:?}")]
+    NoPod(String),
+    #[error("no container {0:?}")]
+    NoContainer(String),
+    #[error("{0:?} is the beginning of more than one id: give more of it")]
+    Ambiguous(String),
+    #[error("pod {0} is not ready: it was stopped, or its shim died; make a new one")]
+    PodNotReady(PodId),
+    #[error("pod {namespace}/{name} attempt {attempt} exists as {id} and is stopped: remove it first")]
+    PodExists { namespace: String, name: String, attempt: u32, id: PodId },
+    #[error("container {name:?} attempt {attempt} exists in the pod as {id} and is {state}: remove it first")]
+    ContainerExists { name: String, attempt: u32, id: ContainerId, state: &'static str },
+    #[error("container {id} is {state}: {what}")]
+    Wrong { id: ContainerId, state: &'static str, what: &'static str },
+    #[error("no runtime handler {name:?}: this node has {known}")]
+    NoHandler { name: String, known: String },
+    #[error("runtime handler {0:?} is a foreign shim, which this version cannot drive yet")]
+    ForeignHandler(String),
+    #[error("image {0:?} is not on this node: pull it first")]
+    NoImage(String),
+    #[error("the shim of pod {0} does not answer: it is being reached again, try once more")]
+    Unreachable(PodId),
+    #[error("container {id} still runs {after:?} after SIGKILL: a process may hang in the kernel (see state D in ps)")]
+    StillRuns { id: ContainerId, after: Duration },
+    #[error("{what} of container {id} did not end within {after:?}")]
+    Timeout { what: &'static str, id: ContainerId, after: Duration },
+    #[error("{what} of pod {id}")]
+    Shim { what: &'static str, id: PodId, source: client::Error },
+    #[error("{what} container {id}")]
+    Task { what: &'static str, id: ContainerId, source: client::Error },
+    #[error("network of pod {id}")]
+    Network { id: PodId, source: network::Error },
+    #[error("image of container {name:?}")]
+    Image { name: String, source: image::Error },
+    #[error("container {name:?}")]
+    Spec { name: String, source: spec::Error },
+    #[error("container {name:?}")]
+    Host { name: String, source: node::Error },
+    #[error("{what} {path}")]
+    Io { what: &'static str, path: PathBuf, source: io::Error },
+    #[error("record of pod")]
+    Store(#[from] store::Error),
+    #[error("the pod's owner is gone: the daemon is shutting down")]
+    Closed,
+    #[error("an operation on the pod ended without an answer; this is a defect, see the log")]
+    Panicked,
+}
+
+impl Kinded for Error {
+    fn kind(&self) -> Kind {
+        match self {
+            Error::NoPod(_) | Error::NoContainer(_) | Error::NoImage(_) => Kind::NotFound,
+            Error::Ambiguous(_) | Error::NoHandler { .. } => Kind::Invalid,
+            Error::PodExists { .. } | Error::ContainerExists { .. } => Kind::AlreadyExists,
+            Error::PodNotReady(_) | Error::Wrong { .. } => Kind::Precondition,
+            Error::ForeignHandler(_) => Kind::Unsupported,
+            Error::Unreachable(_) | Error::Closed => Kind::Unavailable,
+            Error::StillRuns { .. } | Error::Timeout { .. } => Kind::Deadline,
+            Error::Shim { source, .. } | Error::Task { source, .. } => shim_kind(source),
+            Error::Network { source, .. } => source.kind(),
+            Error::Image { source, .. } => source.kind(),
+            Error::Spec { source, .. } => source.kind(),
+            Error::Host { source, .. } => source.kind(),
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => Kind::Exhausted,
+            Error::Io { .. } | Error::Panicked => Kind::Internal,
+            Error::Store(source) => source.kind(),
+        }
+    }
+}
+
+fn shim_kind(error: &client::Error) -> Kind {
+    match error.kind() {
+        client::ErrorKind::NotFound => Kind::NotFound,
+        client::ErrorKind::AlreadyExists => Kind::AlreadyExists,
+        client::ErrorKind::Precondition => Kind::Precondition,
+        client::ErrorKind::Invalid => Kind::Invalid,
+        client::ErrorKind::Unimplemented => Kind::Unsupported,
+        client::ErrorKind::Deadline => Kind::Deadline,
+        client::ErrorKind::Closed => Kind::Unavailable,
+        client::ErrorKind::Other => Kind::Internal,
+    }
+}
+
+/// A result that several callers share.
+pub type Shared<T> = Result<T, Arc<Error>>;
+
+/// What pods are made from: shared by all of them.
+pub struct Services {
+    /// The configuration.
+    pub config: Config,
+    /// Records.
+    pub store: Store,
+    /// Images and root file systems.
+    pub images: Images,
+    /// CNI.
+    pub network: Network,
+    /// Shims.
+    pub shims: Arc<Shims>,
+    /// Facts of this node.
+    pub node: Node,
+    /// Who watches.
+    pub events: crate::events::Events,
+    /// What each OCI runtime can do, by its path.
+    pub features: crate::features::Features,
+}
+
+/// A pod as it is now.
+#[derive(Clone, Debug)]
+pub struct PodView {
+    /// Everything of its record.
+    pub record: Arc<PodRecord>,
+    /// Its containers, without those that are only intended.
+    pub containers: BTreeMap<ContainerId, Arc<ContainerView>>,
+    /// Being removed: gone for everybody who lists.
+    pub gone: bool,
+}
+
+/// A container as it is now.
+#[derive(Clone, Debug)]
+pub struct ContainerView {
+    /// Everything of its record.
+    pub record: ContainerRecord,
+    /// SIGTERM (or the like) was sent: it is not sent twice.
+    asked_to_stop: Arc<AtomicBool>,
+}
+
+/// A handle to a pod.
+#[derive(Clone)]
+pub struct Pod {
+    id: PodId,
+    commands: mpsc::Sender<task::Command>,
+    view: watch::Receiver<Arc<PodView>>,
+    link: watch::Receiver<Link>,
+}
+
+impl Pod {
+    /// Its id.
+    pub fn id(&self) -> &PodId {
+        &self.id
+    }
+
+    /// As it is now. Never waits.
+    pub fn view(&self) -> Arc<PodView> {
+        self.view.borrow().clone()
+    }
+
+    fn container(&self, id: &ContainerId) -> Result<Arc<ContainerView>, Error> {
+        let view = self.view();
+        let found = view.containers.get(id).cloned();
+        found.ok_or_else(|| Error::NoContainer(id.to_string()))
+    }
+
+    async fn client(&self) -> Result<client::Client, Error> {
+        let mut link = self.link.clone();
+        match shims::connected(&mut link, RECONNECT).await {
+            Some(client) => Ok(client),
+            None if matches!(*link.borrow(), Link::Down) => Err(Error::PodNotReady(self.id.clone())),
+            None => Err(Error::Unreachable(self.id.clone())),
+        }
+    }
+
+    /// Hands an operation to the owner and waits for its end. Dropping this future ends only the
+    /// waiting.
+    async fn ask(&self, request: task::Request) -> Shared<task::Answer> {
+        let (reply, answer) = oneshot::channel();
+        let command = task::Command::Request { request, reply };
+        self.commands.send(command).await.map_err(|_| Arc::new(Error::Closed))?;
+        answer.await.map_err(|_| Arc::new(Error::Closed))?
+    }
+}
+
+/// All pods.
+#[derive(Clone)]
+pub struct Pods {
+    services: Arc<Services>,
+    index: Arc<RwLock<Index>>,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+#[derive(Default)]
+struct Index {
+    pods: BTreeMap<PodId, Pod>,
+    /// (namespace, name, uid, attempt): what the kubelet means by "the same pod".
+    keys: HashMap<Key, PodId>,
+    containers: BTreeMap<ContainerId, PodId>,
+}
+
+type Key = (String, String, String, u32);
+
+fn key(config: &PodConfig) -> Key {
+    (config.namespace.clone(), config.name.clone(), config.uid.clone(), config.attempt)
+}
+
+impl Index {
+    fn forget(&mut self, id: &PodId) {
+        if let Some(pod) = self.pods.remove(id) {
+            let key = key(&pod.view().record.config);
+            if self.keys.get(&key) == Some(id) {
+                self.keys.remove(&key);
+            }
+        }
+        self.containers.retain(|_, pod| pod != id);
+    }
+}
+
+/// The one entry whose id is `text`, or begins with it.
+fn by_prefix<'a, K: AsRef<str> + Ord, V>(
+    map: &'a BTreeMap<K, V>,
+    text: &str,
+    missing: fn(String) -> Error,
+) -> Result<(&'a K, &'a V), Error>
+where
+    K: std::borrow::Borrow<str>,
+{
+    use std::ops::Bound;
+    if text.is_empty() {
+        return Err(missing(String::new()));
+    }
+    let mut found = map
+        .range::<str, _>((Bound::Included(text), Bound::Unbounded))
+        .take_while(|(id, _)| id.as_ref().starts_with(text));
+    match (found.next(), found.next()) {
+        (None, _) => Err(missing(text.to_owned())),
+        (Some(one), None) => Ok(one),
+        (Some(first), Some(_)) if first.0.as_ref() == text => Ok(first),
+        (Some(_), Some(_)) => Err(Error::Ambiguous(text.to_owned())),
+    }
+}
+
+impl Pods {
+    /// No pods yet; see [`Pods::recover`].
+    pub fn new(services: Arc<Services>) -> Self {
+        Self {
+            services,
+            index: Arc::default(),
+            tracker: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        }
+    }
+
+    /// What pods are made from.
+    pub fn services(&self) -> &Arc<Services> {
+        &self.services
+    }
+
+    fn index(&self) -> std::sync::RwLockReadGuard<'_, Index> {
+        self.index.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn index_mut(&self) -> std::sync::RwLockWriteGuard<'_, Index> {
+        self.index.write().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Every pod as it is now. Never waits for an owner.
+    pub fn list(&self) -> Vec<Arc<PodView>> {
+        let views = self.index().pods.values().map(Pod::view).collect::<Vec<_>>();
+        views
+            .into_iter()
+            .filter(|view| !view.gone && view.record.state != PodState::Starting)
+            .collect()
+    }
+
+    /// By id, or by a beginning that only one id has.
+    pub fn find(&self, id: &str) -> Result<Pod, Error> {
+        let pod = by_prefix(&self.index().pods, id, Error::NoPod).map(|(_, pod)| pod.clone())?;
+        let view = pod.view();
+        match view.gone || view.record.state == PodState::Starting {
+            true => Err(Error::NoPod(id.to_owned())),
+            false => Ok(pod),
+        }
+    }
+
+    /// A container and its pod, by id or by a beginning that only one id has.
+    pub fn find_container(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), Error> {
+        let index = self.index();
+        let (full, pod) = by_prefix(&index.containers, id, Error::NoContainer)?;
+        let pod = index.pods.get(pod).ok_or_else(|| Error::NoContainer(id.to_owned()))?;
+        let view = pod.container(full)?;
+        Ok((pod.clone(), view))
+    }
+
+    /// Whether a container of any state uses the image.
+    pub fn uses_image(&self, image_id: &str) -> Option<ContainerId> {
+        self.list().iter().flat_map(|pod| pod.containers.values().cloned().collect::<Vec<_>>()).find_map(
+            |container| (container.record.image_id == image_id).then(|| container.record.id.clone()),
+        )
+    }
+
+    fn handler(&self, name: &str) -> Result<PathBuf, Error> {
+        let runtime = &self.services.config.runtime;
+        let name = if name.is_empty() { &runtime.default } else { name };
+        match runtime.handlers.get(name) {
+            Some(Handler::Oci { path }) => Ok(path.clone()),
+            Some(Handler::Foreign { .. }) => Err(Error::ForeignHandler(name.to_owned())),
+            None => Err(Error::NoHandler {
+                name: name.to_owned(),
+                known: runtime.handlers.keys().cloned().collect::<Vec<_>>().join(", "),
+            }),
+        }
+    }
+
+    /// Makes a pod and brings it up. A second call for the same pod joins the first, or finds what
+    /// it made.
+    pub async fn run(&self, config: PodConfig, handler: &str) -> Shared<PodId> {
+        let runtime = self.handler(handler).map_err(Arc::new)?;
+        let pod = self.reserve(config, handler, runtime).map_err(Arc::new)?;
+        pod.ask(task::Request::Run).await?;
+        Ok(pod.id)
+    }
+
+    /// The pod of that key; a new one if there is none.
+    fn reserve(&self, config: PodConfig, handler: &str, runtime: PathBuf) -> Result<Pod, Error> {
+        let mut index = self.index_mut();
+        let key = key(&config);
+        if let Some(pod) = index.keys.get(&key).and_then(|id| index.pods.get(id)) {
+            let view = pod.view();
+            if view.record.state != PodState::NotReady {
+                return Ok(pod.clone());
+            }
+            return Err(Error::PodExists {
+                namespace: key.0,
+                name: key.1,
+                attempt: key.3,
+                id: pod.id.clone(),
+            });
+        }
+        let record = PodRecord {
+            id: PodId::random(),
+            config,
+            handler: handler.to_owned(),
+            runtime,
+            created_at: SystemTime::now(),
+            state: PodState::Starting,
+            endpoint: None,
+            ips: Vec::new(),
+        };
+        let pod = self.adopt(&mut index, record, Vec::new(), Link::Pending);
+        Ok(pod)
+    }
+
+    /// Gives a pod its owner.
+    fn adopt(
+        &self,
+        index: &mut Index,
+        record: PodRecord,
+        containers: Vec<ContainerRecord>,
+        link: Link,
+    ) -> Pod {
+        let id = record.id.clone();
+        index.keys.insert(key(&record.config), id.clone());
+        for container in &containers {
+            index.containers.insert(container.id.clone(), id.clone());
+        }
+        let (pod, owner) = task::Owner::new(self.clone(), record, containers, link, COMMANDS);
+        self.tracker.spawn(owner.run());
+        index.pods.insert(id, pod.clone());
+        pod
+    }
+
+    /// Makes a container in a pod.
+    pub async fn create(&self, pod: &str, config: ContainerConfig) -> Shared<ContainerId> {
+        let pod = self.find(pod).map_err(Arc::new)?;
+        let config = Box::new(config);
+        match pod.ask(task::Request::Create { config }).await? {
+            task::Answer::Container(id) => Ok(id),
+            task::Answer::Done => Err(Arc::new(Error::Panicked)),
+        }
+    }
+
+    /// Starts a container.
+    pub async fn start(&self, id: &str) -> Shared<()> {
+        let (pod, container) = self.find_container(id).map_err(Arc::new)?;
+        let id = container.record.id.clone();
+        pod.ask(task::Request::Start { id }).await.map(drop)
+    }
+
+    /// Stops a container: its stop signal, then SIGKILL after `grace`. Fine if it has ended or is
+    /// not there.
+    pub async fn stop(&self, id: &str, grace: Duration) -> Shared<()> {
+        match self.find_container(id) {
+            Ok((pod, container)) => {
+                container::stop(pod, container.record.id.clone(), grace).await.map_err(Arc::new)
+            }
+            Err(Error::NoContainer(_)) => Ok(()),
+            Err(e) => Err(Arc::new(e)),
+        }
+    }
+
+    /// Removes a container, killing it first if it runs. Fine if it is not there.
+    pub async fn remove(&self, id: &str) -> Shared<()> {
+        match self.find_container(id) {
+            Ok((pod, container)) => {
+                let id = container.record.id.clone();
+                let removed = pod.ask(task::Request::Remove { id: id.clone() }).await;
+                match removed {
+                    Err(e) if matches!(*e, Error::NoContainer(_)) => Ok(()),
+                    other => other.map(drop),
+                }
+            }
+            Err(Error::NoContainer(_)) => Ok(()),
+            Err(e) => Err(Arc::new(e)),
+        }
+    }
+
+    /// Changes a container's resources.
+    pub async fn update(&self, id: &str, resources: Resources) -> Shared<()> {
+        let (pod, container) = self.find_container(id).map_err(Arc::new)?;
+        let id = container.record.id.clone();
+        pod.ask(task::Request::Update { id, resources: Box::new(resources) }).await.map(drop)
+    }
+
+    /// Stops a pod: kills its containers, takes its network away. Fine if it is stopped or not
+    /// there.
+    pub async fn stop_pod(&self, id: &str) -> Shared<()> {
+        self.on_pod(id, task::Request::StopPod).await
+    }
+
+    /// Removes a pod, stopping it first. Fine if it is not there.
+    pub async fn remove_pod(&self, id: &str) -> Shared<()> {
+        self.on_pod(id, task::Request::RemovePod).await
+    }
+
+    async fn on_pod(&self, id: &str, request: task::Request) -> Shared<()> {
+        match self.find(id) {
+            Ok(pod) => match pod.ask(request).await {
+                // It went while we asked.
+                Err(e) if matches!(*e, Error::Closed) && self.find(id).is_err() => Ok(()),
+                other => other.map(drop),
+            },
+            Err(Error::NoPod(_)) => Ok(()),
+            Err(e) => Err(Arc::new(e)),
+        }
+    }
+
+    /// Makes the shim open a container's log file anew, after a rotation.
+    pub async fn reopen_log(&self, id: &str) -> Result<(), Error> {
+        let (pod, container) = self.find_container(id)?;
+        let record = &container.record;
+        if !matches!(record.state, ContainerState::Running { .. } | ContainerState::Created { .. }) {
+            return Err(Error::Wrong {
+                id: record.id.clone(),
+                state: record.state.name(),
+                what: "it writes no log",
+            });
+        }
+        let bundle = self.services.shims.pod_bundle(&pod.id);
+        Control::new(&bundle)
+            .reopen_log(record.id.as_str(), Duration::from_secs(10))
+            .await
+            .map_err(|source| Error::Task { what: "reopen the log of", id: record.id.clone(), source })
+    }
+
+    /// Runs a command in a container and waits for its end.
+    pub async fn exec_sync(
+        &self,
+        id: &str,
+        command: Vec<String>,
+        timeout: Option<Duration>,
+    ) -> Result<ExecOutput, Error> {
+        let (pod, container) = self.find_container(id)?;
+        // The work is its own task: whoever asked may go, the exec is still reaped.
+        let services = self.services.clone();
+        self.tracker
+            .spawn(exec::sync(services, pod, container, command, timeout))
+            .await
+            .unwrap_or(Err(Error::Panicked))
+    }
+
+    /// The container, which must run, and its pod.
+    pub(crate) fn find_running(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), Error> {
+        let (pod, container) = self.find_container(id)?;
+        match &container.record.state {
+            ContainerState::Running { .. } => Ok((pod, container)),
+            state => Err(Error::Wrong {
+                id: container.record.id.clone(),
+                state: state.name(),
+                what: "it must run for that",
+            }),
+        }
+    }
+
+    /// Ends every owner; pods and containers stay as they are.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+}

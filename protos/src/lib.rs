@@ -26,8 +26,9 @@ pub mod admin {
 #[cfg(feature = "shim")]
 pub mod shim {
     pub use containerd_shim_protos::{
-        api, bootstrap_api, cgroups, cgroups_v2, events, sandbox_api, sandbox_async, shim_async,
-        topics, types,
+        api, bootstrap_api, cgroups, cgroups_v2, events, sandbox_api, sandbox_async,
+        shim::{event, oci},
+        shim_async, topics, types,
     };
     pub use {protobuf, ttrpc};
 }

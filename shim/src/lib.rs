@@ -1,1 +1,47 @@
-//! Both ends of the shim wire.
+//! Both ends of the shim wire: the process that owns one pod, and the daemon's typed way to it.
+//!
+//! The wire is containerd's shim-v2 contract (ttrpc: Task v2 and v3, Sandbox v1, Events), so that
+//! either end can be replaced by a foreign one. What our pair can do beyond the contract travels in
+//! the contract's own extension points ([`options`]) or over a private socket ([`control`]).
+//!
+//! - feature `client`: [`client`], [`events`] and `control::Control`, used by the daemon;
+//! - feature `server`: everything behind the `containerd-shim-holdfast-v2` binary, entered by
+//!   [`command_line::main`].
+//!
+//! Both ends agree on [`bundle`], [`options`], [`control`] and [`cgroup`].
+
+pub mod bundle;
+pub mod cgroup;
+pub mod control;
+pub mod options;
+pub mod timestamp;
+
+#[cfg(feature = "client")]
+pub mod client;
+#[cfg(feature = "client")]
+pub mod events;
+
+#[cfg(feature = "server")]
+mod bootstrap;
+#[cfg(feature = "server")]
+pub mod command_line;
+#[cfg(feature = "server")]
+mod log;
+#[cfg(feature = "server")]
+mod mounts;
+#[cfg(feature = "server")]
+mod namespaces;
+#[cfg(feature = "server")]
+mod pod;
+#[cfg(feature = "server")]
+mod pod_init;
+#[cfg(feature = "server")]
+mod process;
+#[cfg(feature = "server")]
+mod publish;
+#[cfg(feature = "server")]
+mod runtime;
+#[cfg(feature = "server")]
+mod server;
+#[cfg(feature = "server")]
+mod stdio;

@@ -1,1 +1,5 @@
-fn main() {}
+//! `holdfast`: the command line.
+
+fn main() -> std::process::ExitCode {
+    holdfast_cmd::cli::main()
+}

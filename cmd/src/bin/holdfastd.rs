@@ -1,1 +1,5 @@
-fn main() {}
+//! `holdfastd`: the daemon.
+
+fn main() -> std::process::ExitCode {
+    holdfast_cmd::daemon::main()
+}

@@ -279,6 +279,31 @@ pub struct Resources {
     pub unified: Map,
 }
 
+impl Resources {
+    /// These, with what `change` gives put over them: the CRI sends only what is to change.
+    pub fn merged(&self, change: Resources) -> Resources {
+        let number = |new: i64, old: i64| if new == 0 { old } else { new };
+        let text = |new: String, old: &String| if new.is_empty() { old.clone() } else { new };
+        let mut unified = self.unified.clone();
+        unified.extend(change.unified);
+        Resources {
+            cpu_period: number(change.cpu_period, self.cpu_period),
+            cpu_quota: number(change.cpu_quota, self.cpu_quota),
+            cpu_shares: number(change.cpu_shares, self.cpu_shares),
+            memory_limit: number(change.memory_limit, self.memory_limit),
+            memory_swap_limit: number(change.memory_swap_limit, self.memory_swap_limit),
+            oom_score_adj: number(change.oom_score_adj, self.oom_score_adj),
+            cpuset_cpus: text(change.cpuset_cpus, &self.cpuset_cpus),
+            cpuset_mems: text(change.cpuset_mems, &self.cpuset_mems),
+            hugepages: match change.hugepages.is_empty() {
+                true => self.hugepages.clone(),
+                false => change.hugepages,
+            },
+            unified,
+        }
+    }
+}
+
 /// Security settings of a container.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

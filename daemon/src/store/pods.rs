@@ -1,1 +1,145 @@
-//! Records of pods and containers.
+//! Records of pods and containers: what is intended, and the last state that was seen.
+//!
+//! A record is a JSON document: fields are only ever added, with a default, so that daemons of
+//! neighbouring versions read each other's.
+
+use std::{net::IpAddr, path::PathBuf, time::SystemTime};
+
+use holdfast_shim::client::Endpoint;
+use rusqlite::{Connection, params};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::{Error, Store};
+use crate::{
+    id::{ContainerId, PodId},
+    pod::{
+        config::{ContainerConfig, ImageDefaults, PodConfig, User},
+        state::{ContainerState, PodState},
+    },
+};
+
+/// A pod's record.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PodRecord {
+    /// Its id.
+    pub id: PodId,
+    /// As asked for.
+    pub config: PodConfig,
+    /// Runtime handler as asked for; empty: the default.
+    pub handler: String,
+    /// The OCI runtime's path at creation: a pod stays with it whatever the config says later.
+    pub runtime: PathBuf,
+    /// When it was asked for.
+    pub created_at: SystemTime,
+    /// Last state.
+    pub state: PodState,
+    /// Where its shim listens; `None` until it was started.
+    #[serde(default)]
+    pub endpoint: Option<Endpoint>,
+    /// Addresses, primary first; empty for the node's network.
+    #[serde(default)]
+    pub ips: Vec<IpAddr>,
+}
+
+/// A container's record.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ContainerRecord {
+    /// Its id.
+    pub id: ContainerId,
+    /// The pod it is in.
+    pub pod: PodId,
+    /// As asked for.
+    pub config: ContainerConfig,
+    /// Config digest of its image.
+    pub image_id: String,
+    /// "name@digest" of its image if it has one, else its id.
+    pub image_ref: String,
+    /// What the image said when the container was made.
+    #[serde(default)]
+    pub image: ImageDefaults,
+    /// Who it runs as.
+    #[serde(default)]
+    pub user: User,
+    /// Stop signal by number.
+    pub stop_signal: i32,
+    /// Whole path of the log; empty: none.
+    #[serde(default)]
+    pub log: PathBuf,
+    /// When it was asked for.
+    pub created_at: SystemTime,
+    /// Last state.
+    pub state: ContainerState,
+}
+
+fn to_json(of: &str, record: &impl Serialize) -> Result<String, Error> {
+    serde_json::to_string(record).map_err(|e| Error::Record(of.to_owned(), e))
+}
+
+fn all<T: DeserializeOwned>(db: &Connection, table: &str) -> Result<Vec<T>, Error> {
+    let mut statement = db.prepare(&format!("SELECT id, record FROM {table}"))?;
+    let rows = statement.query_map([], |row| {
+        Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
+    })?;
+    rows.map(|row| {
+        let (id, text) = row?;
+        serde_json::from_str(&text).map_err(|e| Error::Record(id, e))
+    })
+    .collect()
+}
+
+impl Store {
+    /// Writes a pod's record.
+    pub async fn put_pod(&self, record: &PodRecord) -> Result<(), Error> {
+        let (id, text) = (record.id.to_string(), to_json(record.id.as_str(), record)?);
+        self.call(move |db| {
+            db.prepare_cached(
+                "INSERT INTO pods (id, record) VALUES (?1, ?2)
+                 ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+            )?
+            .execute(params![id, text])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Writes a container's record.
+    pub async fn put_container(&self, record: &ContainerRecord) -> Result<(), Error> {
+        let (id, pod) = (record.id.to_string(), record.pod.to_string());
+        let text = to_json(&id, record)?;
+        self.call(move |db| {
+            db.prepare_cached(
+                "INSERT INTO containers (id, pod, record) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+            )?
+            .execute(params![id, pod, text])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Forgets a container.
+    pub async fn delete_container(&self, id: &ContainerId) -> Result<(), Error> {
+        let id = id.to_string();
+        self.call(move |db| {
+            db.execute("DELETE FROM containers WHERE id = ?1", [id])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Forgets a pod and its containers.
+    pub async fn delete_pod(&self, id: &PodId) -> Result<(), Error> {
+        let id = id.to_string();
+        self.call(move |db| {
+            db.execute("DELETE FROM containers WHERE pod = ?1", [&id])?;
+            db.execute("DELETE FROM pods WHERE id = ?1", [&id])?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Every pod and every container.
+    pub async fn load(&self) -> Result<(Vec<PodRecord>, Vec<ContainerRecord>), Error> {
+        self.call(|db| Ok((all(db, "pods")?, all(db, "containers")?))).await
+    }
+}

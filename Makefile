@@ -1,0 +1,151 @@
+# What can be done here: `make help`. `make check` before every commit; `make test` is the whole.
+#
+# `deps`, `test`, `bench` and `quickstart` need root: `sudo make test`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PREFIX     ?= /usr/local
+DESTDIR    ?=
+BINDIR     := $(DESTDIR)$(PREFIX)/bin
+UNITDIR    := $(DESTDIR)/etc/systemd/system
+CONFDIR    := $(DESTDIR)/etc/holdfast
+
+# sudo replaces PATH and HOME; the toolchain is still that of the user who called it.
+USER_HOME  := $(shell getent passwd "$${SUDO_USER:-$$(id -un)}" | cut -d: -f6)
+ifneq ($(SUDO_USER),)
+ifneq ($(wildcard $(USER_HOME)/.cargo/bin/cargo),)
+export CARGO_HOME  ?= $(USER_HOME)/.cargo
+export RUSTUP_HOME ?= $(USER_HOME)/.rustup
+endif
+endif
+export PATH := $(PATH):$(USER_HOME)/.cargo/bin:/usr/local/cargo/bin
+CARGO      ?= cargo
+
+TARGET_DIR := $(abspath $(or $(CARGO_TARGET_DIR),target))
+# Static and not relocated: one shim runs for each pod, and relocations are dirty pages.
+TRIPLE     := $(shell uname -m)-unknown-linux-gnu
+SHIM       := containerd-shim-holdfast-v2
+SHIM_FLAGS := -C target-feature=+crt-static -C relocation-model=static
+SHIM_BUILD := --target $(TRIPLE) -p holdfast-cmd --no-default-features --features shim --bin $(SHIM)
+
+# Binaries for the integration tests: a debug build, so that a fresh clone is tested soon.
+# `make test TEST_PROFILE=release` tests what is shipped.
+TEST_PROFILE ?= dev
+ifeq ($(TEST_PROFILE),release)
+TEST_OUT     := release
+SHIM_PROFILE := shim
+SHIM_OUT     := shim
+TEST_FEATURES :=
+else
+TEST_OUT     := debug
+SHIM_PROFILE := dev
+SHIM_OUT     := debug
+# Crash points exist in such builds alone.
+TEST_FEATURES := --features holdfast-cmd/failpoints
+endif
+TEST_BIN   := $(TARGET_DIR)/test-bin
+
+# What Debian has of the things that are run: the OCI runtimes, the CNI plugins and what they call,
+# a registry, and the content of test images.
+PACKAGES   := runc crun containernetworking-plugins iproute2 iptables nftables docker-registry \
+              busybox-static ca-certificates gcc libc6-dev
+
+##@ Building
+.PHONY: build
+build: ## release binaries: the daemon and the CLI, and the static shim
+	$(CARGO) build --locked --release -p holdfast-cmd --bin holdfastd --bin holdfast
+	RUSTFLAGS="$(SHIM_FLAGS)" $(CARGO) build --locked --profile shim $(SHIM_BUILD)
+	@ls -l $(TARGET_DIR)/release/holdfastd $(TARGET_DIR)/release/holdfast $(TARGET_DIR)/$(TRIPLE)/shim/$(SHIM)
+
+.PHONY: install
+install: ## copies what `make build` made to $(PREFIX), with the unit file and a default configuration
+	@for file in release/holdfastd release/holdfast $(TRIPLE)/shim/$(SHIM); do \
+	  [ -x $(TARGET_DIR)/$$file ] || { echo "$(TARGET_DIR)/$$file is missing: run 'make build' first" >&2; exit 1; }; \
+	done
+	install -D -m 0755 -t $(BINDIR) $(TARGET_DIR)/release/holdfastd $(TARGET_DIR)/release/holdfast $(TARGET_DIR)/$(TRIPLE)/shim/$(SHIM)
+	@# Each is installed when it is there; a configuration that is there already is the administrator's.
+	@if [ -e deploy/holdfast.service ]; then \
+	  install -d $(UNITDIR) && sed 's#/usr/local/bin#$(PREFIX)/bin#g' deploy/holdfast.service > $(UNITDIR)/holdfast.service; fi
+	@if [ -e deploy/config.toml ] && [ ! -e $(CONFDIR)/config.toml ]; then \
+	  install -D -m 0644 deploy/config.toml $(CONFDIR)/config.toml; fi
+
+.PHONY: clean
+clean: ## removes what was built
+	$(CARGO) clean
+
+##@ Testing
+.PHONY: deps
+deps: ## installs the Debian packages that building and running need, if any is missing (root)
+	@missing=(); for package in $(PACKAGES); do \
+	  [ "$$(dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null)" = installed ] || missing+=($$package); done; \
+	if [ $${#missing[@]} -eq 0 ]; then echo "deps: all packages are here"; exit 0; fi; \
+	if [ "$$(id -u)" -ne 0 ]; then echo "deps: missing $${missing[*]}: run 'sudo make deps'" >&2; exit 1; fi; \
+	echo "deps: installing $${missing[*]}"; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	apt-get update -q && apt-get install -q -y --no-install-recommends "$${missing[@]}"
+
+.PHONY: check
+check: lint unit ## formatting, lints, documentation and unit tests; no root
+
+.PHONY: lint
+lint:
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps
+
+.PHONY: unit
+unit:
+	$(CARGO) test --locked --workspace --exclude holdfast-integration
+	$(CARGO) test --locked -p holdfast-integration --lib
+
+.PHONY: test-bins
+test-bins: ## the binaries that the integration tests run, gathered in target/test-bin
+	$(CARGO) build --locked $(if $(filter release,$(TEST_PROFILE)),--release) --workspace --bins $(TEST_FEATURES)
+	RUSTFLAGS="$(SHIM_FLAGS)" $(CARGO) build --locked --profile $(SHIM_PROFILE) $(SHIM_BUILD)
+	@mkdir -p $(TEST_BIN)
+	@# Links are replaced in one step: tests may be starting from here.
+	@for file in $(TEST_OUT)/holdfastd $(TEST_OUT)/holdfast $(TEST_OUT)/holdfast-testimage $(TRIPLE)/$(SHIM_OUT)/$(SHIM); do \
+	  ln -sfT $(TARGET_DIR)/$$file $(TEST_BIN)/$$(basename $$file); done
+
+.PHONY: test
+test: root deps lint test-bins ## everything: lints, unit tests and the tests with real runtimes (root)
+	@$(give_back); export HOLDFAST_BIN_DIR=$(TEST_BIN); \
+	if $(CARGO) nextest --version >/dev/null 2>&1; then \
+	  $(CARGO) test --locked --workspace --doc $(TEST_FEATURES); \
+	  $(CARGO) nextest run --locked --workspace --no-fail-fast $(TEST_FEATURES) $(TESTS); \
+	else \
+	  $(CARGO) test --locked --workspace --no-fail-fast $(TEST_FEATURES) $(if $(TESTS),-- $(TESTS)); \
+	fi
+
+.PHONY: bench
+bench: root deps build ## measures against the bare runtimes, and containerd where it is installed (root)
+	@$(give_back); $(CARGO) build --locked --release -p holdfast-integration --bins; \
+	mkdir -p $(TARGET_DIR)/bench-bin; \
+	for file in release/holdfastd release/holdfast $(TRIPLE)/shim/$(SHIM); do \
+	  ln -sfT $(TARGET_DIR)/$$file $(TARGET_DIR)/bench-bin/$$(basename $$file); done; \
+	HOLDFAST_BIN_DIR=$(TARGET_DIR)/bench-bin $(TARGET_DIR)/release/holdfast-bench --json $(TARGET_DIR)/bench.json $(BENCH)
+
+##@ Trying it
+.PHONY: quickstart
+quickstart: root deps build ## a daemon, an image, a pod; then the daemon is killed and the pod is not (root)
+	@$(give_back); $(CARGO) build --locked --release -p holdfast-integration --bin holdfast-testimage; \
+	HOLDFAST_BUILD=$(TARGET_DIR) deploy/quickstart.sh
+
+.PHONY: quickstart-clean
+quickstart-clean: root ## removes every trace of it (root)
+	@HOLDFAST_BUILD=$(TARGET_DIR) deploy/quickstart.sh clean
+
+##@ Other
+.PHONY: help
+help: ## this text
+	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } /^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: root
+root:
+	@[ "$$(id -u)" -eq 0 ] || { echo "this needs root: run it with sudo" >&2; exit 1; }
+
+# After a build by root on a user's behalf the target folder is the user's again.
+give_back = if [ -n "$${SUDO_UID:-}" ]; then trap 'chown -R "$$SUDO_UID:$${SUDO_GID:-$$SUDO_UID}" $(TARGET_DIR)' EXIT; fi

@@ -1,0 +1,85 @@
+//! The Admin service: what our command line needs beyond the CRI.
+
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt, TryStreamExt};
+use holdfast_protos::admin::{self, admin_server::Admin};
+use tokio_stream::wrappers::WatchStream;
+use tokio_util::io::StreamReader;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Answer, Service};
+use crate::{
+    error::status as to_status,
+    image::{Auth, Phase, Progress},
+};
+
+fn progress(progress: &Progress) -> admin::PullProgress {
+    let layers = progress.layers.iter().map(|layer| {
+        let phase = match layer.phase {
+            Phase::Waiting => admin::layer_progress::Phase::Waiting,
+            Phase::Pulling => admin::layer_progress::Phase::Pulling,
+            Phase::Done => admin::layer_progress::Phase::Done,
+            Phase::Exists => admin::layer_progress::Phase::Exists,
+        };
+        admin::LayerProgress {
+            digest: layer.digest.to_string(),
+            phase: phase as i32,
+            received_bytes: layer.received,
+            total_bytes: layer.total,
+        }
+    });
+    admin::PullProgress { layers: layers.collect(), image_ref: String::new() }
+}
+
+#[tonic::async_trait]
+impl Admin for Service {
+    type PullImageStream =
+        Pin<Box<dyn Stream<Item = Result<admin::PullProgress, Status>> + Send + 'static>>;
+
+    async fn pull_image(
+        &self,
+        request: Request<admin::PullImageRequest>,
+    ) -> Answer<Self::PullImageStream> {
+        let request = request.into_inner();
+        let auth = (!request.username.is_empty()).then(|| Auth {
+            username: request.username,
+            password: request.password,
+            ..Default::default()
+        });
+        let platform = Some(request.platform.as_str()).filter(|p| !p.is_empty());
+        let images = &self.pods.services().images;
+        let flight = images
+            .pull_with_progress(&request.reference, auth, platform)
+            .map_err(|e| to_status(&e))?;
+        let last = flight.progress.clone();
+        let steps = WatchStream::new(flight.progress).map(|p| Ok(progress(&p)));
+        let done = futures::stream::once(async move {
+            let image = flight.done.await.map_err(|e| to_status(&e))?;
+            let mut end = progress(&last.borrow());
+            end.image_ref = image.id.to_string();
+            Ok(end)
+        });
+        Ok(Response::new(Box::pin(steps.chain(done))))
+    }
+
+    async fn import_image(
+        &self,
+        request: Request<Streaming<admin::ImportImageRequest>>,
+    ) -> Answer<admin::ImportImageResponse> {
+        let mut pieces = request.into_inner();
+        let first = pieces.message().await?;
+        let first = first.ok_or_else(|| Status::invalid_argument("the archive is empty"))?;
+        let name = Some(first.reference.clone()).filter(|name| !name.is_empty());
+        let rest = pieces.map_ok(|piece| bytes::Bytes::from(piece.data));
+        let all = futures::stream::once(async { Ok(bytes::Bytes::from(first.data)) }).chain(rest);
+        let archive = StreamReader::new(Box::pin(all.map_err(std::io::Error::other)));
+        let images = &self.pods.services().images;
+        let images = images.import(archive, name.as_deref()).await.map_err(|e| to_status(&e))?;
+        let images = images.iter().map(|image| admin::ImportedImage {
+            id: image.id.to_string(),
+            names: image.names.clone(),
+        });
+        Ok(Response::new(admin::ImportImageResponse { images: images.collect() }))
+    }
+}

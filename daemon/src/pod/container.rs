@@ -1,0 +1,497 @@
+//! Making, starting, stopping and removing containers. Runs beside the owner; what it changes comes
+//! back as an effect.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use holdfast_shim::{
+    bundle::{Bundle, Namespace},
+    client::{Client, CreateTask, ErrorKind},
+};
+use tracing::warn;
+
+use super::{
+    Error, Pod, PodView, Services,
+    config::{ContainerConfig, PidMode, PodRef, Resources, User},
+    run::{remove_dir, unmount},
+    state::{Change, ContainerState},
+    task::Effect,
+};
+use crate::{
+    error::chain,
+    id::ContainerId,
+    image::Image,
+    shims::private_dir,
+    spec::{self, NamespacePaths, PidNamespace, PodFiles},
+    store::pods::ContainerRecord,
+};
+
+/// How long a container may still show itself after SIGKILL.
+const AFTER_KILL: Duration = Duration::from_secs(30);
+
+/// How often the shim is asked, should its event not come.
+const ASK: Duration = Duration::from_secs(2);
+
+/// Largest /etc/passwd and /etc/group of an image that is read.
+const ACCOUNTS_LIMIT: usize = 4 << 20;
+
+fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { what, path, source }
+}
+
+/// Makes a container. Intent first; on failure everything is undone, the intent last.
+pub(super) async fn create(
+    services: Arc<Services>,
+    pod: Pod,
+    id: ContainerId,
+    config: ContainerConfig,
+) -> Result<Effect, Error> {
+    let view = pod.view();
+    let image = services.images.find(&config.image);
+    let image = image.ok_or_else(|| Error::NoImage(config.image.clone()))?;
+    let stop_signal = spec::args::stop_signal(&config, &image.defaults);
+    let log = match config.log_path.as_os_str().is_empty() {
+        true => PathBuf::new(),
+        false => view.record.config.log_directory.join(&config.log_path),
+    };
+    let mut record = ContainerRecord {
+        id: id.clone(),
+        pod: pod.id.clone(),
+        image_id: image.id.to_string(),
+        image_ref: image.digests.first().cloned().unwrap_or_else(|| image.id.to_string()),
+        image: image.defaults.clone(),
+        user: User::default(),
+        stop_signal,
+        log,
+        created_at: SystemTime::now(),
+        state: ContainerState::Creating,
+        config,
+    };
+    services.store.put_container(&record).await?;
+    let client = pod.client().await?;
+    let made = make(&services, &view, &client, &mut record, &image).await;
+    // The pod may have been stopped while the runtime was at work.
+    let made = match made {
+        Ok(_) if pod.view().record.state != super::state::PodState::Ready => {
+            Err(Error::PodNotReady(pod.id.clone()))
+        }
+        other => other,
+    };
+    match made {
+        Ok(pid) => {
+            // From `Creating` nothing but this can follow.
+            if let Ok(state) = record.state.clone().apply(Change::Created { pid }) {
+                record.state = state;
+            }
+            Ok(Effect::Created(Box::new(record)))
+        }
+        Err(error) => {
+            let undone = match take_away(&services, Some(&client), &record).await {
+                Ok(()) => services.store.delete_container(&id).await.map_err(Error::from),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = undone {
+                // Its record stays, so that the next start takes it away.
+                warn!(container = id.short(), error = %chain(&error), "not all undone");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn make(
+    services: &Arc<Services>,
+    view: &PodView,
+    client: &Client,
+    record: &mut ContainerRecord,
+    image: &Image,
+) -> Result<u32, Error> {
+    let name = record.config.name.clone();
+    let runtime = view.record.runtime.clone();
+    let image_error = |source| Error::Image { name: name.clone(), source };
+    let snapshot = services.images.create_snapshot(&record.id, image).await.map_err(image_error)?;
+
+    let bundle = services.shims.container_bundle(&record.id);
+    let namespaces = namespaces(services, view, record)?;
+    let (shared, view, draft) = (services.clone(), view.record.clone(), record.clone());
+    let image = image.clone();
+    let at = bundle.clone();
+    // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
+    let user = tokio::task::spawn_blocking(move || {
+        prepare(&shared, &view, draft, &image, &snapshot, &namespaces, &at)
+    })
+    .await
+    .unwrap_or(Err(Error::Panicked))?;
+    record.user = user;
+
+    let log = match record.log.as_os_str().is_empty() {
+        // No file; attach works all the same.
+        true => "cri-log://?attach".to_owned(),
+        false => format!("cri-log://{}", record.log.display()),
+    };
+    let config = &record.config;
+    let task = CreateTask {
+        id: record.id.to_string(),
+        bundle: bundle.dir().to_owned(),
+        terminal: config.tty,
+        stdin: match (config.stdin, config.stdin_once) {
+            (false, _) => String::new(),
+            (true, false) => "holdfast-stdin://".into(),
+            (true, true) => "holdfast-stdin://?once".into(),
+        },
+        stdout: log.clone(),
+        stderr: if config.tty { String::new() } else { log },
+        rootfs: Vec::new(),
+        options: Some(services.shims.runtime_options(&runtime)),
+        checkpoint: String::new(),
+    };
+    client
+        .create(task)
+        .await
+        .map_err(|source| Error::Task { what: "create", id: record.id.clone(), source })
+}
+
+/// Root file system, account, OCI spec: all that the runtime is given.
+fn prepare(
+    services: &Services,
+    pod: &crate::store::pods::PodRecord,
+    record: ContainerRecord,
+    image: &Image,
+    snapshot: &crate::image::Snapshot,
+    namespaces: &NamespacePaths,
+    bundle: &Bundle,
+) -> Result<User, Error> {
+    let name = &record.config.name;
+    let image_error = |source| Error::Image { name: name.clone(), source };
+    let spec_error = |source| Error::Spec { name: name.clone(), source };
+    let mounted = snapshot.mount(false).map_err(image_error)?;
+    let account = |path: &str| {
+        let read = mounted.read(path, ACCOUNTS_LIMIT);
+        read.map(Option::unwrap_or_default).map_err(io_at("read the image's", Path::new(path)))
+    };
+    let user = spec::user::resolve(
+        &account("etc/passwd")?,
+        &account("etc/group")?,
+        &record.config.security,
+        &image.defaults.user,
+    )
+    .map_err(spec_error)?;
+
+    let localhost = match &record.config.security.seccomp {
+        Some(super::config::Profile::Localhost(path)) => {
+            let path = Path::new(path);
+            Some(std::fs::read(path).map_err(io_at("read seccomp profile", path))?)
+        }
+        _ => None,
+    };
+    let driver = services.config.runtime.cgroup_driver;
+    let pod_ref = PodRef { id: &pod.id, config: &pod.config };
+    // Before anything is made on the node for it.
+    spec::check(&pod_ref, &record.config, driver).map_err(spec_error)?;
+    let facts = crate::node::gather(&record.config)
+        .map_err(|source| Error::Host { name: name.clone(), source })?;
+    let made_dirs = MadeDirs(facts.created.clone());
+    let pod_bundle = services.shims.pod_bundle(&pod.id);
+    let files = PodFiles {
+        hostname: Some(pod_bundle.hostname()),
+        hosts: Some(pod_bundle.hosts()),
+        resolv_conf: Some(pod_bundle.resolv_conf()),
+        shm: (!pod.config.namespaces.host_ipc).then(|| pod_bundle.shm()),
+    };
+    let features = services.features.of(&pod.runtime);
+    let input = spec::Input {
+        pod: pod_ref,
+        container_id: &record.id,
+        container: &record.config,
+        image: &image.defaults,
+        image_name: &record.config.image,
+        user: &user,
+        namespaces,
+        files: &files,
+        node: &services.node,
+        cgroup_driver: driver,
+        features: &features,
+        image_volumes: &[],
+        pids_limit: services.config.runtime.pids_limit,
+        host: &facts,
+        seccomp_localhost: localhost.as_deref(),
+    };
+    let spec = spec::generate(&input).map_err(spec_error)?;
+
+    private_dir(bundle.dir()).map_err(io_at("make", bundle.dir()))?;
+    let rootfs = bundle.rootfs();
+    private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
+    let json = serde_json::to_vec(&spec).expect("a spec serialises");
+    std::fs::write(bundle.config(), json).map_err(io_at("write", &bundle.config()))?;
+    if let Some(dir) = record.log.parent().filter(|d| !d.as_os_str().is_empty()) {
+        std::fs::create_dir_all(dir).map_err(io_at("make log directory", dir))?;
+    }
+    mounted.attach(&rootfs).map_err(image_error)?;
+    made_dirs.keep();
+    Ok(user)
+}
+
+/// Directories that were made on the node for a container; removed again if it is not made.
+struct MadeDirs(Vec<PathBuf>);
+
+impl MadeDirs {
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for MadeDirs {
+    fn drop(&mut self) {
+        crate::node::remove_created(&self.0);
+    }
+}
+
+/// Which namespaces the container joins.
+fn namespaces(
+    services: &Services,
+    view: &PodView,
+    record: &ContainerRecord,
+) -> Result<NamespacePaths, Error> {
+    let pod = &view.record.config.namespaces;
+    let bundle = services.shims.pod_bundle(&view.record.id);
+    let pinned = |host: bool, kind| (!host).then(|| bundle.namespace(kind));
+    let pid = match &record.config.security.pid {
+        PidMode::Container => PidNamespace::New,
+        PidMode::Node => PidNamespace::Host,
+        PidMode::Pod if pod.pid == PidMode::Pod => {
+            PidNamespace::Path(bundle.namespace(Namespace::Pid))
+        }
+        // The pod was made without one to share.
+        PidMode::Pod => PidNamespace::New,
+        PidMode::Target(target) => {
+            let found = view.containers.values().find(|c| c.record.id.as_str() == target);
+            let found = found.ok_or_else(|| Error::NoContainer(target.clone()))?;
+            let pid = found.record.state.pid().ok_or_else(|| Error::Wrong {
+                id: found.record.id.clone(),
+                state: found.record.state.name(),
+                what: "its PID namespace cannot be joined",
+            })?;
+            PidNamespace::Path(format!("/proc/{pid}/ns/pid").into())
+        }
+    };
+    Ok(NamespacePaths {
+        net: pinned(pod.host_network, Namespace::Net),
+        ipc: pinned(pod.host_ipc, Namespace::Ipc),
+        uts: pinned(pod.host_network, Namespace::Uts),
+        user: pod.user.is_some().then(|| bundle.namespace(Namespace::User)),
+        pid,
+    })
+}
+
+/// Starts a created container.
+pub(super) async fn start(pod: Pod, id: ContainerId) -> Result<Effect, Error> {
+    let client = pod.client().await?;
+    // Taken before, so that it cannot be later than an exit the shim saw.
+    let at = SystemTime::now();
+    let started = client.start(id.as_str(), "").await;
+    started.map_err(|source| Error::Task { what: "start", id: id.clone(), source })?;
+    Ok(Effect::Started { id, at })
+}
+
+/// The exit code of a container whose start was refused: as a shell has it for what the runtime
+/// says, 128 if it says something else.
+pub(super) fn start_failure_code(error: &Error) -> u8 {
+    let text = chain(error);
+    if text.contains("executable file not found") || text.contains("no such file or directory") {
+        127
+    } else if text.contains("permission denied") {
+        126
+    } else {
+        128
+    }
+}
+
+/// Stops a container: its stop signal, SIGKILL after `grace`. Runs outside the owner, so any number
+/// may wait at once; the shortest grace wins.
+pub(super) async fn stop(pod: Pod, id: ContainerId, grace: Duration) -> Result<(), Error> {
+    let container = pod.container(&id)?;
+    if container.record.state.is_exited() {
+        return Ok(());
+    }
+    let client = match pod.client().await {
+        Ok(client) => client,
+        // A dead shim's containers were killed and recorded; look again.
+        Err(error) => {
+            let ended = pod.container(&id).is_ok_and(|c| c.record.state.is_exited());
+            return if ended { Ok(()) } else { Err(error) };
+        }
+    };
+    let runs = matches!(container.record.state, ContainerState::Running { .. });
+    if runs && !grace.is_zero() {
+        // Asked once: to some programs a second SIGTERM means "at once".
+        if !container.asked_to_stop.swap(true, Ordering::Relaxed) {
+            kill(&client, &id, container.record.stop_signal, false).await?;
+        }
+        if ended(&pod, &client, &id, grace).await? {
+            return Ok(());
+        }
+    }
+    kill(&client, &id, libc::SIGKILL, true).await?;
+    match ended(&pod, &client, &id, AFTER_KILL).await? {
+        true => Ok(()),
+        false => Err(Error::StillRuns { id, after: AFTER_KILL }),
+    }
+}
+
+async fn kill(client: &Client, id: &ContainerId, signal: i32, all: bool) -> Result<(), Error> {
+    match client.kill(id.as_str(), "", signal as u32, all).await {
+        Ok(_) => Ok(()),
+        // Ended meanwhile.
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => Ok(()),
+        Err(source) => Err(Error::Task { what: "signal", id: id.clone(), source }),
+    }
+}
+
+/// Waits for the end of a container, by its view; asks the shim too, should an event be late.
+async fn ended(
+    pod: &Pod,
+    client: &Client,
+    id: &ContainerId,
+    within: Duration,
+) -> Result<bool, Error> {
+    let mut view = pod.view.clone();
+    let gone = view.wait_for(|view| {
+        view.containers.get(id).is_none_or(|container| container.record.state.is_exited())
+    });
+    let told = async {
+        loop {
+            tokio::time::sleep(ASK).await;
+            let state = client.state(id.as_str(), "").await;
+            let stopped = match state {
+                Ok(state) => state.exit.map(|exit| (exit.status, exit.at)),
+                Err(_) => None,
+            };
+            if let Some((status, at)) = stopped {
+                let how = super::state::Exit::from_status(status, false);
+                let (taken, _) = tokio::sync::oneshot::channel();
+                let command = super::task::Command::Exited { id: id.clone(), at, how, taken };
+                let _ = pod.commands.send(command).await;
+            }
+        }
+    };
+    tokio::select! {
+        // The view is what counts; the asking only feeds it.
+        biased;
+        _ = gone => Ok(true),
+        () = tokio::time::sleep(within) => Ok(false),
+        () = told => Ok(false),
+    }
+}
+
+/// Frees what the runtime holds of an ended container: its task and its root's mount.
+pub(super) async fn reap(services: Arc<Services>, pod: Pod, id: ContainerId) -> Result<Effect, Error> {
+    let client = match &*pod.link.borrow() {
+        crate::shims::Link::Up(client) => Some(client.clone()),
+        _ => None,
+    };
+    free(&services, client.as_ref(), &id).await?;
+    Ok(Effect::Reaped)
+}
+
+/// See [`reap`]. May be repeated.
+pub(super) async fn free(
+    services: &Services,
+    client: Option<&Client>,
+    id: &ContainerId,
+) -> Result<(), Error> {
+    if let Some(client) = client {
+        match client.delete(id.as_str(), "").await {
+            Ok(_) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => {}
+            Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
+        }
+    }
+    let rootfs = services.shims.container_bundle(id).rootfs();
+    tokio::task::spawn_blocking(move || unmount(&rootfs)).await.unwrap_or(Err(Error::Panicked))
+}
+
+/// Removes a container, killing it first if it runs.
+pub(super) async fn remove(
+    services: Arc<Services>,
+    pod: Pod,
+    id: ContainerId,
+) -> Result<Effect, Error> {
+    let container = pod.container(&id)?;
+    stop(pod.clone(), id.clone(), Duration::ZERO).await?;
+    let client = match &*pod.link.borrow() {
+        crate::shims::Link::Up(client) => Some(client.clone()),
+        _ => None,
+    };
+    take_away(&services, client.as_ref(), &container.record).await?;
+    Ok(Effect::Removed(id))
+}
+
+/// Takes away all that a container is made of, whatever of it there is. May be repeated.
+pub(super) async fn take_away(
+    services: &Services,
+    client: Option<&Client>,
+    record: &ContainerRecord,
+) -> Result<(), Error> {
+    let id = &record.id;
+    if let Some(client) = client {
+        // Half made or running: the shim kills it first.
+        kill(client, id, libc::SIGKILL, true).await.or_else(|error| match &error {
+            Error::Task { source, .. } if source.kind() == ErrorKind::Precondition => Ok(()),
+            _ => Err(error),
+        })?;
+    }
+    free(services, client, id).await?;
+    let image = services.images.remove_snapshot(id).await;
+    image.map_err(|source| Error::Image { name: record.config.name.clone(), source })?;
+    remove_dir(services.shims.container_bundle(id).dir()).await
+}
+
+/// Takes away a container that a crash left half made.
+pub(super) async fn discard(
+    services: Arc<Services>,
+    pod: Pod,
+    record: ContainerRecord,
+) -> Result<Effect, Error> {
+    let client = super::run::wait_linked(&pod, super::RECONNECT).await;
+    if client.is_none() {
+        let bundle = services.shims.container_bundle(&record.id);
+        if bundle.dir().exists() {
+            let runtime = pod.view().record.runtime.clone();
+            let deleted = services.shims.delete_dead(&record.id, &runtime).await;
+            deleted.map_err(|source| Error::Task {
+                what: "clean up after",
+                id: record.id.clone(),
+                source,
+            })?;
+        }
+    }
+    take_away(&services, client.as_ref(), &record).await?;
+    Ok(Effect::Removed(record.id))
+}
+
+/// Changes a container's resources, in the kernel and in its record.
+pub(super) async fn update(
+    services: Arc<Services>,
+    pod: Pod,
+    record: ContainerRecord,
+    resources: Box<Resources>,
+) -> Result<Effect, Error> {
+    let id = record.id;
+    let merged = record.config.resources.merged(*resources);
+    if !record.state.is_exited() {
+        let client = pod.client().await?;
+        let linux = spec::update(&merged, &services.node)
+            .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
+        let json = serde_json::to_vec(&linux).expect("resources serialise");
+        client
+            .update(id.as_str(), json)
+            .await
+            .map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;
+    }
+    Ok(Effect::Updated { id, resources: Box::new(merged) })
+}

@@ -1,0 +1,261 @@
+//! After a start of the daemon: records become pods again, shims are reached again, and what no
+//! record names is taken away.
+//!
+//! Records say what should be, shims what is. A shim that does not answer is asked again for as
+//! long as it takes; only proof of its death ends its containers' records.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use holdfast_shim::{
+    bundle::ExitRecord,
+    client::{Client, ErrorKind, TaskStatus},
+};
+use tracing::{info, warn};
+
+use super::{
+    Error, Pods, Services,
+    run::{remove_dir, unmount},
+    state::{Exit, PodState},
+    task::{Command, Effect},
+};
+use crate::{
+    error::chain,
+    id::{ContainerId, PodId},
+    shims::Link,
+    store::pods::{ContainerRecord, PodRecord},
+};
+
+/// First and last pause between attempts to reach a shim.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+
+/// An exit that was found out, rather than told.
+pub(super) struct Seen {
+    pub(super) id: ContainerId,
+    pub(super) at: SystemTime,
+    pub(super) how: Exit,
+}
+
+impl Pods {
+    /// Makes a pod of every record. Returns at once with everything listed; each pod reaches its
+    /// shim beside it.
+    pub async fn recover(&self) -> Result<(), Error> {
+        // FIFOs of execs that nobody waits for any more.
+        remove_dir(&self.services.config.state.join("exec")).await?;
+        let (pods, containers) = self.services.store.load().await?;
+        let mut by_pod: BTreeMap<PodId, Vec<ContainerRecord>> = BTreeMap::new();
+        for container in containers {
+            by_pod.entry(container.pod.clone()).or_default().push(container);
+        }
+        let count = pods.len();
+        {
+            let mut index = self.index_mut();
+            for record in pods {
+                let containers = by_pod.remove(&record.id).unwrap_or_default();
+                let link = match record.state {
+                    PodState::Ready => Link::Pending,
+                    // Down marks a `Starting` pod as one that a crash left.
+                    PodState::Starting | PodState::NotReady => Link::Down,
+                };
+                self.adopt(&mut index, record, containers, link);
+            }
+        }
+        info!(pods = count, "records are read");
+        Ok(())
+    }
+
+    /// Takes away what no record names: bundles, shims, mounts, snapshots, attachments. Slow, so it
+    /// runs beside serving.
+    pub async fn sweep(&self) {
+        if let Err(error) = self.sweep_bundles().await {
+            warn!(error = %chain(&error), "not all leftovers could be looked for");
+        }
+        for id in self.services.images.snapshots() {
+            if !self.index().containers.contains_key(&id) {
+                info!(container = id.short(), "removing a snapshot that no container has");
+                if let Err(error) = self.services.images.remove_snapshot(&id).await {
+                    warn!(container = id.short(), error = %chain(&error), "it stays");
+                }
+            }
+        }
+        let valid: Vec<PodId> = self.index().pods.keys().cloned().collect();
+        if let Err(error) = self.services.network.gc(&valid).await {
+            warn!(error = %chain(&error), "network leftovers stay until the next start");
+        }
+    }
+
+    async fn sweep_bundles(&self) -> Result<(), Error> {
+        let bundles = self.services.shims.bundles().to_owned();
+        let mut stray = BTreeSet::new();
+        let read = |e: io::Error| Error::Io { what: "read", path: bundles.clone(), source: e };
+        for entry in fs::read_dir(&bundles).map_err(read)? {
+            let name = entry.map_err(read)?.file_name();
+            let Some(name) = name.to_str() else { continue };
+            let index = self.index();
+            let known = index.pods.contains_key(name) || index.containers.contains_key(name);
+            if !known && name.parse::<ContainerId>().is_ok() {
+                stray.insert(name.to_owned());
+            }
+        }
+        for name in stray {
+            info!(id = name, "removing a bundle that no record names");
+            if let Err(error) = self.sweep_bundle(&name).await {
+                warn!(id = name, error = %chain(&error), "it stays until the next start");
+            }
+        }
+        Ok(())
+    }
+
+    async fn sweep_bundle(&self, name: &str) -> Result<(), Error> {
+        let Ok(id) = name.parse::<ContainerId>() else { return Ok(()) };
+        let Ok(pod) = name.parse::<PodId>() else { return Ok(()) };
+        let bundle = self.services.shims.container_bundle(&id);
+        if bundle.config().exists() {
+            // A container: its runtime is not known any more, the default one is as good as any.
+            let runtime = self.handler("").unwrap_or_else(|_| "runc".into());
+            let deleted = self.services.shims.delete_dead(&id, &runtime).await;
+            deleted.map_err(|source| Error::Task { what: "clean up after", id: id.clone(), source })?;
+        } else {
+            let deleted = self.services.shims.delete_dead_pod(&pod).await;
+            deleted.map_err(|source| Error::Shim { what: "clean up after the shim", id: pod, source })?;
+        }
+        let (rootfs, shm) = (bundle.rootfs(), bundle.shm());
+        let unmounted = tokio::task::spawn_blocking(move || {
+            unmount(&rootfs)?;
+            unmount(&shm)
+        });
+        unmounted.await.unwrap_or(Err(Error::Panicked))?;
+        remove_dir(bundle.dir()).await
+    }
+
+    /// Takes an exit that a shim tells. True: it is recorded, or nobody's; false: tell it again.
+    pub async fn exited(&self, container: &str, at: SystemTime, status: u32) -> bool {
+        let pod = {
+            let index = self.index();
+            let pod = index.containers.get(container).and_then(|pod| index.pods.get(pod));
+            pod.cloned()
+        };
+        let (Some(pod), Ok(id)) = (pod, container.parse::<ContainerId>()) else { return true };
+        let record = self.services.shims.container_bundle(&id).exit_record();
+        let (at, how) = recorded(&record)
+            .map(|seen| (seen.at, exit_of(&seen)))
+            .unwrap_or_else(|| (at, Exit::from_status(status, false)));
+        let (taken, answer) = tokio::sync::oneshot::channel();
+        let command = Command::Exited { id, at, how, taken };
+        pod.commands.send(command).await.is_ok() && answer.await.is_ok()
+    }
+}
+
+fn recorded(path: &Path) -> Option<ExitRecord> {
+    match ExitRecord::load(path) {
+        Ok(record) => record,
+        Err(error) => {
+            warn!(path = %path.display(), %error, "an exit record cannot be read");
+            None
+        }
+    }
+}
+
+fn exit_of(record: &ExitRecord) -> Exit {
+    Exit::from_status(record.wire_status(), record.oom_killed)
+}
+
+/// Reaches a pod's shim, for as long as it takes, and finds out what happened meanwhile.
+pub(super) async fn reach(
+    services: Arc<Services>,
+    record: Arc<PodRecord>,
+    live: Vec<ContainerRecord>,
+) -> Result<Effect, Error> {
+    let mut pause = PAUSES.0;
+    loop {
+        let Some(endpoint) = &record.endpoint else { break };
+        match services.shims.connect(endpoint).await {
+            Ok(client) => match look(&services, &client, &live).await {
+                Ok(exits) => return Ok(Effect::Linked { client, exits }),
+                Err(error) => warn!(error = %chain(&error), "the shim did not say all"),
+            },
+            Err(error) if is_dead(&services, &record.id) => {
+                info!(error = %chain(&error), "the shim is gone");
+                break;
+            }
+            // It may only be slow: stopped, or short of CPU.
+            Err(error) => warn!(error = %chain(&error), "the shim does not answer, trying again"),
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSES.1);
+    }
+    let exits = bury(&services, &record, &live).await;
+    Ok(Effect::Dead { exits })
+}
+
+/// What the shim knows of each container that we do not.
+async fn look(
+    services: &Services,
+    client: &Client,
+    live: &[ContainerRecord],
+) -> Result<Vec<Seen>, holdfast_shim::client::Error> {
+    let mut exits = Vec::new();
+    for container in live.iter().filter(|c| !c.state.is_exited()) {
+        let id = &container.id;
+        let exited = match client.state(id.as_str(), "").await {
+            Ok(state) if state.status == TaskStatus::Stopped => state.exit,
+            Ok(_) => continue,
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        let record = recorded(&services.shims.container_bundle(id).exit_record());
+        let (at, how) = match (record, exited) {
+            (Some(record), _) => (record.at, exit_of(&record)),
+            (None, Some(exited)) => (exited.at, Exit::from_status(exited.status, false)),
+            (None, None) => (SystemTime::now(), Exit::Lost),
+        };
+        exits.push(Seen { id: id.clone(), at, how });
+    }
+    Ok(exits)
+}
+
+/// Proof that a pod's shim is dead: the process of its pid file is gone, or is somebody else.
+fn is_dead(services: &Services, id: &PodId) -> bool {
+    let path = services.shims.pod_bundle(id).shim_pid();
+    let Ok(pid) = fs::read_to_string(path) else {
+        // Never written, or a boot has emptied the state directory: no shim can be.
+        return true;
+    };
+    let cmdline = fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+    let zombie = cmdline.is_empty();
+    zombie || !String::from_utf8_lossy(&cmdline).contains(id.as_str())
+}
+
+/// Ends what a dead shim left running, and finds out how each container ended.
+async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord]) -> Vec<Seen> {
+    let mut exits = Vec::new();
+    for container in live.iter().filter(|c| !c.state.is_exited()) {
+        let id = &container.id;
+        let path = services.shims.container_bundle(id).exit_record();
+        let before = recorded(&path);
+        let alive = container.state.pid().is_some_and(is_alive);
+        // Not after a boot, which has emptied the state directory.
+        if services.shims.container_bundle(id).dir().exists()
+            && let Err(error) = services.shims.delete_dead(id, &record.runtime).await
+        {
+            warn!(container = id.short(), error = %chain(&error), "clean up after a dead shim");
+        }
+        let (at, how) = match before.or_else(|| recorded(&path)) {
+            Some(record) => (record.at, exit_of(&record)),
+            // Nobody else was there to kill it.
+            None if alive => (SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
+            None => (SystemTime::now(), Exit::Lost),
+        };
+        exits.push(Seen { id: id.clone(), at, how });
+    }
+    exits
+}
+
+fn is_alive(pid: u32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}

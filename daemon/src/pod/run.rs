@@ -1,0 +1,353 @@
+//! Bringing a pod up and taking it down.
+//!
+//! Everything a pod is made of can be found from its id alone (bundle, namespaces, mounts, shim,
+//! cgroup) or from a record that was written first (CNI attachment). So there is one way down,
+//! [`tear_down`], which may be repeated; the undo of a failed start, a removal and the clean-up
+//! after a crash all are it.
+
+use std::{
+    fs, io,
+    net::IpAddr,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use holdfast_protos::shim::protobuf::well_known_types::any::Any;
+use holdfast_shim::{
+    bundle::{Bundle, Namespace},
+    client::{Client, CreateSandbox, Endpoint, ErrorKind},
+    options::{IdMap, PodOptions, UserMappings},
+};
+use rustix::mount::{MountFlags, UnmountFlags};
+use tracing::warn;
+
+use super::{
+    Error, Pod, Services, container,
+    config::{IdMapping, PidMode, PodConfig},
+    task::Effect,
+};
+use crate::{
+    error::chain,
+    network::Attach,
+    shims::{self, Link, private_dir},
+    store::pods::PodRecord,
+};
+
+/// Size of a pod's /dev/shm; what Docker made everybody's default.
+const SHM_SIZE: &str = "64m";
+
+/// What a pod has once it is up.
+pub(super) struct Up {
+    pub(super) endpoint: Endpoint,
+    pub(super) client: Client,
+    pub(super) ips: Vec<IpAddr>,
+}
+
+fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { what, path, source }
+}
+
+/// Intent, then the steps; on failure everything is undone, the intent last.
+pub(super) async fn bring_up(
+    services: Arc<Services>,
+    record: Arc<PodRecord>,
+) -> Result<Effect, Error> {
+    services.store.put_pod(&record).await?;
+    match steps(&services, &record).await {
+        Ok(up) => Ok(Effect::Up(up)),
+        Err(error) => {
+            undo(&services, &record).await;
+            Err(error)
+        }
+    }
+}
+
+async fn undo(services: &Arc<Services>, record: &PodRecord) {
+    // What cannot be undone now keeps its record, and is tried again at the next start.
+    let undone = tear_down(services, record, None).await;
+    let forgotten = match undone {
+        Ok(()) => services.store.delete_pod(&record.id).await.map_err(Error::from),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = forgotten {
+        warn!(error = %chain(&error), "a pod that did not come up is not all undone");
+    }
+}
+
+/// Takes away a pod that a crash left half made.
+pub(super) async fn discard(services: Arc<Services>, record: Arc<PodRecord>) -> Result<Effect, Error> {
+    tear_down(&services, &record, None).await?;
+    Ok(Effect::Gone)
+}
+
+async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error> {
+    let id = &record.id;
+    let config = &record.config;
+    let bundle = services.shims.pod_bundle(id);
+    private_dir(bundle.dir()).map_err(io_at("make", bundle.dir()))?;
+    let files = {
+        let (bundle, config) = (bundle.clone(), config.clone());
+        tokio::task::spawn_blocking(move || make_files(&bundle, &config))
+    };
+    let shim = |what| move |source| Error::Shim { what, id: id.clone(), source };
+    let (endpoint, client) = services.shims.start(id).await.map_err(shim("start the shim"))?;
+    files.await.unwrap_or(Err(Error::Panicked))?;
+
+    let sandbox = CreateSandbox {
+        id: id.to_string(),
+        bundle: bundle.dir().to_owned(),
+        netns_path: String::new(),
+        options: Some(pod_options(record)),
+        annotations: config.annotations.clone().into_iter().collect(),
+    };
+    client.create_sandbox(sandbox).await.map_err(shim("make the namespaces"))?;
+    client.start_sandbox(id.as_str()).await.map_err(shim("make the namespaces"))?;
+
+    let ips = if config.namespaces.host_network {
+        Vec::new()
+    } else {
+        let attach = Attach {
+            pod: id.clone(),
+            name: config.name.clone(),
+            namespace: config.namespace.clone(),
+            uid: config.uid.clone(),
+            netns: bundle.namespace(Namespace::Net),
+            port_mappings: config.port_mappings.clone(),
+            dns: config.dns.clone(),
+            annotations: config.annotations.clone(),
+            labels: config.labels.clone(),
+            cgroup_parent: config.cgroup_parent.clone(),
+        };
+        let attached = services.network.attach(&attach).await;
+        attached.map_err(|source| Error::Network { id: id.clone(), source })?.ips
+    };
+    Ok(Up { endpoint, client, ips })
+}
+
+fn pod_options(record: &PodRecord) -> Any {
+    let config = &record.config;
+    let ns = &config.namespaces;
+    let ids = |list: &[IdMapping]| {
+        list.iter()
+            .map(|m| IdMap { container_id: m.container_id, host_id: m.host_id, length: m.length })
+            .collect()
+    };
+    let options = PodOptions {
+        hostname: if ns.host_network { String::new() } else { hostname(config) },
+        net: !ns.host_network,
+        ipc: !ns.host_ipc,
+        // A pod on the node's network has the node's name.
+        uts: !ns.host_network,
+        pid: ns.pid == PidMode::Pod,
+        user: ns.user.as_ref().map(|u| UserMappings { uids: ids(&u.uids), gids: ids(&u.gids) }),
+        sysctls: config.sysctls.clone(),
+        ..PodOptions::default()
+    };
+    Any {
+        type_url: "holdfast.dev/PodOptions".into(),
+        value: serde_json::to_vec(&options).expect("plain data serialises"),
+        ..Default::default()
+    }
+}
+
+/// The pod's host name: as asked for, else its name, as containerd does.
+fn hostname(config: &PodConfig) -> String {
+    match config.hostname.is_empty() {
+        true => config.name.chars().take(63).collect(),
+        false => config.hostname.clone(),
+    }
+}
+
+/// resolv.conf, hostname, hosts and /dev/shm of a pod, in its bundle.
+fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
+    let write = |path: &Path, text: &str| fs::write(path, text).map_err(io_at("write", path));
+    let node_file = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let host_network = config.namespaces.host_network;
+    let name = match host_network {
+        true => nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .unwrap_or_else(|| hostname(config)),
+        false => hostname(config),
+    };
+    write(&bundle.hostname(), &format!("{name}\n"))?;
+    write(&bundle.hosts(), &node_file("/etc/hosts"))?;
+    let resolv = match &config.dns {
+        Some(dns) if !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()) => {
+            let mut text = String::new();
+            if !dns.searches.is_empty() {
+                text.push_str(&format!("search {}\n", dns.searches.join(" ")));
+            }
+            for server in &dns.servers {
+                text.push_str(&format!("nameserver {server}\n"));
+            }
+            if !dns.options.is_empty() {
+                text.push_str(&format!("options {}\n", dns.options.join(" ")));
+            }
+            text
+        }
+        _ => node_file("/etc/resolv.conf"),
+    };
+    write(&bundle.resolv_conf(), &resolv)?;
+    // Containers whose user is not root read these.
+    for file in [bundle.hostname(), bundle.hosts(), bundle.resolv_conf()] {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = fs::Permissions::from_mode(0o644);
+        fs::set_permissions(&file, mode).map_err(io_at("set the mode of", &file))?;
+    }
+    if !config.namespaces.host_ipc {
+        let shm = bundle.shm();
+        private_dir(&shm).map_err(io_at("make", &shm))?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        let options = format!("mode=1777,size={SHM_SIZE}");
+        let options = std::ffi::CString::new(options).expect("no NUL in it");
+        rustix::mount::mount("shm", &shm, "tmpfs", flags, options.as_c_str())
+            .map_err(|e| io_at("mount", &shm)(e.into()))?;
+        if let Some(user) = &config.namespaces.user {
+            let root = |ids: &[IdMapping]| {
+                ids.iter().find(|m| m.container_id == 0).map(|m| m.host_id)
+            };
+            std::os::unix::fs::chown(&shm, root(&user.uids), root(&user.gids))
+                .map_err(io_at("give to the pod's root", &shm))?;
+        }
+    }
+    Ok(())
+}
+
+/// Kills the pod's containers, takes its network and its namespaces away and ends its shim. The
+/// containers' remains (logs, writable layers, records) stay until they are removed.
+pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Error> {
+    let view = pod.view();
+    // The shim may be gone for good, or not be reached again yet: what the kernel has is then dealt
+    // with by the tear-down.
+    let client = match &*pod.link.borrow() {
+        Link::Up(client) => Some(client.clone()),
+        Link::Pending | Link::Down => None,
+    };
+    let client = match client {
+        Some(client) => Some(client),
+        None if matches!(*pod.link.borrow(), Link::Down) => None,
+        None => Some(pod.client().await?),
+    };
+    if client.is_some() {
+        let stops = view.containers.keys().map(|id| {
+            container::stop(pod.clone(), id.clone(), Duration::ZERO)
+        });
+        for stopped in futures::future::join_all(stops).await {
+            match stopped {
+                Ok(()) | Err(Error::NoContainer(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        for id in view.containers.keys() {
+            container::free(&services, client.as_ref(), id).await?;
+        }
+    }
+    tear_down(&services, &view.record, client).await?;
+    Ok(Effect::Stopped)
+}
+
+/// Stops the pod if it is not, then removes its containers and its bundle.
+pub(super) async fn remove(services: Arc<Services>, pod: Pod) -> Result<Effect, Error> {
+    stop(services.clone(), pod.clone()).await?;
+    let view = pod.view();
+    for container in view.containers.values() {
+        container::take_away(&services, None, &container.record).await?;
+    }
+    let bundle = services.shims.pod_bundle(&pod.id);
+    remove_dir(bundle.dir()).await?;
+    Ok(Effect::Gone)
+}
+
+/// Takes away all that a pod is made of, but not its containers' remains. May be repeated.
+async fn tear_down(
+    services: &Arc<Services>,
+    record: &PodRecord,
+    client: Option<Client>,
+) -> Result<(), Error> {
+    let id = &record.id;
+    let bundle = services.shims.pod_bundle(id);
+    // While the namespace is still there: plugins look into it.
+    let detached = services.network.detach(id).await;
+    detached.map_err(|source| Error::Network { id: id.clone(), source })?;
+
+    let client = match client {
+        Some(client) => Some(client),
+        None => live_shim(services, record).await,
+    };
+    let shim = |what| move |source| Error::Shim { what, id: id.clone(), source };
+    if let Some(client) = client {
+        let gone = |kind| matches!(kind, ErrorKind::NotFound | ErrorKind::Closed);
+        match client.stop_sandbox(id.as_str(), Duration::from_secs(10)).await {
+            Err(error) if !gone(error.kind()) => return Err(shim("stop the shim")(error)),
+            Ok(_) | Err(_) => {}
+        }
+        match client.shutdown_sandbox(id.as_str()).await {
+            Err(error) if !gone(error.kind()) => return Err(shim("end the shim")(error)),
+            Ok(_) | Err(_) => {}
+        }
+    } else if bundle.dir().exists() {
+        services.shims.delete_dead_pod(id).await.map_err(shim("clean up after the shim"))?;
+    }
+    let (bundle, own_cgroup) = (bundle.clone(), record.config.cgroup_parent.is_empty());
+    let of = id.clone();
+    tokio::task::spawn_blocking(move || {
+        unmount(&bundle.shm())?;
+        if own_cgroup {
+            // Containers without a parent of the kubelet's live below a group of ours.
+            let path = format!("/holdfast/{of}");
+            holdfast_shim::cgroup::Cgroup::at(&path)
+                .and_then(|cgroup| cgroup.remove())
+                .map_err(io_at("remove cgroup", Path::new(&path)))?;
+        }
+        Ok(())
+    })
+    .await
+    .unwrap_or(Err(Error::Panicked))
+}
+
+/// A connection to the shim, if it still lives.
+async fn live_shim(services: &Services, record: &PodRecord) -> Option<Client> {
+    let endpoint = match &record.endpoint {
+        Some(endpoint) => endpoint.clone(),
+        None => {
+            let address = services.shims.pod_bundle(&record.id).address();
+            let address = fs::read_to_string(address).ok()?.trim().to_owned();
+            Endpoint { address, version: 3 }
+        }
+    };
+    services.shims.connect(&endpoint).await.ok()
+}
+
+/// Unmounts what is mounted there, if anything is.
+pub(super) fn unmount(path: &Path) -> Result<(), Error> {
+    loop {
+        // DETACH: a process that hangs in the kernel must not keep the pod from going.
+        match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+            // There may be one below.
+            Ok(()) => {}
+            // Not a mount point, or not there at all.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(io_at("unmount", path)(error.into())),
+        }
+    }
+}
+
+/// Removes a directory that may be gone already. Refuses to follow a mount into somebody's data.
+pub(super) async fn remove_dir(path: &Path) -> Result<(), Error> {
+    let path = path.to_owned();
+    tokio::task::spawn_blocking(move || match fs::remove_dir_all(&path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(io_at("remove", &path)(error)),
+    })
+    .await
+    .unwrap_or(Err(Error::Panicked))
+}
+
+/// How long to wait for a shim at start-up before saying so.
+pub(super) async fn wait_linked(pod: &Pod, deadline: Duration) -> Option<Client> {
+    shims::connected(&mut pod.link.clone(), deadline).await
+}

@@ -1,0 +1,699 @@
+//! A pod's owner: the task that alone changes the pod.
+//!
+//! The owner never waits for anything outside. Work that does runs as an operation beside it and
+//! comes back as an [`Effect`], which the owner applies: record, then memory, then reply.
+//!
+//! - A request for an operation that is under way joins it.
+//! - A request that must not overlap with one under way is put off until that has ended.
+//! - What is told by the shim (exits) is taken at any time.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    future::Future,
+    sync::{Arc, atomic::AtomicBool},
+    time::{Duration, SystemTime},
+};
+
+use holdfast_shim::client::Client;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::{Id, JoinError, JoinSet},
+};
+use tracing::{Instrument, info, warn};
+
+use super::{
+    ContainerView, Error, Pod, PodView, Pods, Shared, container, recover, run,
+    config::{ContainerConfig, Resources},
+    state::{Change, Exit, PodState},
+};
+use crate::{
+    error::chain,
+    events::Kind,
+    id::ContainerId,
+    shims::Link,
+    store::pods::{ContainerRecord, PodRecord},
+};
+
+/// How long operations may still take when the daemon is asked to end. What is not done by then is
+/// finished or undone at the next start.
+const DRAIN: Duration = Duration::from_secs(15);
+
+/// What may be asked of a pod.
+pub(super) enum Request {
+    Run,
+    StopPod,
+    RemovePod,
+    Create { config: Box<ContainerConfig> },
+    Start { id: ContainerId },
+    Remove { id: ContainerId },
+    Update { id: ContainerId, resources: Box<Resources> },
+}
+
+/// What a request is answered with.
+#[derive(Clone, Debug)]
+pub(super) enum Answer {
+    Done,
+    Container(ContainerId),
+}
+
+pub(super) type Reply = oneshot::Sender<Shared<Answer>>;
+
+/// What the owner is told.
+pub(super) enum Command {
+    Request { request: Request, reply: Reply },
+    /// A container's first process ended. `taken` is answered when the record of it is written.
+    Exited { id: ContainerId, at: SystemTime, how: Exit, taken: oneshot::Sender<()> },
+}
+
+/// An operation: what a second request can join, and what others must not overlap with.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Op {
+    Run,
+    StopPod,
+    RemovePod,
+    Create(String, u32),
+    Start(ContainerId),
+    Remove(ContainerId),
+    Update(ContainerId),
+    /// Frees what the runtime holds of an ended container.
+    Reap(ContainerId),
+    /// Takes away a container, or the pod, that a crash left half made.
+    Discard(Option<ContainerId>),
+    /// Reaches the shim again.
+    Link,
+    /// Waits for the connection's end.
+    Watch,
+}
+
+impl Op {
+    /// Whether the operation touches that container.
+    fn touches(&self, id: &ContainerId) -> bool {
+        match self {
+            Op::Start(of) | Op::Remove(of) | Op::Update(of) | Op::Reap(of) => of == id,
+            Op::Discard(of) => of.as_ref() == Some(id),
+            Op::Run | Op::StopPod | Op::RemovePod | Op::Create(..) | Op::Link | Op::Watch => false,
+        }
+    }
+
+    /// Whether a pod's removal must wait for it.
+    fn holds_the_pod(&self) -> bool {
+        match self {
+            Op::Run | Op::StopPod | Op::RemovePod | Op::Create(..) | Op::Start(_) | Op::Remove(_)
+            | Op::Update(_) | Op::Reap(_) | Op::Discard(_) => true,
+            Op::Link | Op::Watch => false,
+        }
+    }
+}
+
+/// What an operation that went well changes.
+pub(super) enum Effect {
+    Up(run::Up),
+    Stopped,
+    Gone,
+    Created(Box<ContainerRecord>),
+    Started { id: ContainerId, at: SystemTime },
+    Removed(ContainerId),
+    Updated { id: ContainerId, resources: Box<Resources> },
+    Reaped,
+    Linked { client: Client, exits: Vec<recover::Seen> },
+    Dead { exits: Vec<recover::Seen> },
+    Closed,
+}
+
+struct Container {
+    view: Arc<ContainerView>,
+}
+
+impl Container {
+    fn new(record: ContainerRecord) -> Self {
+        let asked_to_stop = Arc::new(AtomicBool::new(false));
+        Self { view: Arc::new(ContainerView { record, asked_to_stop }) }
+    }
+    fn set(&mut self, record: ContainerRecord) {
+        let asked_to_stop = self.view.asked_to_stop.clone();
+        self.view = Arc::new(ContainerView { record, asked_to_stop });
+    }
+}
+
+/// See the module.
+pub(super) struct Owner {
+    pods: Pods,
+    pod: Pod,
+    record: Arc<PodRecord>,
+    containers: BTreeMap<ContainerId, Container>,
+    half_made: Vec<ContainerRecord>,
+    /// Containers that are being made.
+    making: HashMap<Op, ContainerId>,
+    /// Exits of containers whose making has not come back yet.
+    early: HashMap<ContainerId, (SystemTime, Exit)>,
+    stopping: bool,
+    gone: bool,
+    ops: JoinSet<Result<Effect, Error>>,
+    running: HashMap<Id, Op>,
+    joined: HashMap<Op, Vec<Reply>>,
+    put_off: VecDeque<(Request, Reply)>,
+    commands: mpsc::Receiver<Command>,
+    view: watch::Sender<Arc<PodView>>,
+    link: watch::Sender<Link>,
+}
+
+impl Owner {
+    pub(super) fn new(
+        pods: Pods,
+        record: PodRecord,
+        containers: Vec<ContainerRecord>,
+        link: Link,
+        queue: usize,
+    ) -> (Pod, Self) {
+        let (half_made, made): (Vec<_>, Vec<_>) = containers
+            .into_iter()
+            .partition(|c| c.state == super::state::ContainerState::Creating);
+        let containers: BTreeMap<_, _> =
+            made.into_iter().map(|c| (c.id.clone(), Container::new(c))).collect();
+        let record = Arc::new(record);
+        let first = view_of(&record, &containers, false);
+        let (view, view_rx) = watch::channel(first);
+        let (link, link_rx) = watch::channel(link);
+        let (tx, commands) = mpsc::channel(queue);
+        let pod = Pod { id: record.id.clone(), commands: tx, view: view_rx, link: link_rx };
+        let owner = Self {
+            pods,
+            pod: pod.clone(),
+            record,
+            containers,
+            half_made,
+            making: HashMap::new(),
+            early: HashMap::new(),
+            stopping: false,
+            gone: false,
+            ops: JoinSet::new(),
+            running: HashMap::new(),
+            joined: HashMap::new(),
+            put_off: VecDeque::new(),
+            commands,
+            view,
+            link,
+        };
+        (pod, owner)
+    }
+
+    pub(super) async fn run(mut self) {
+        let span = tracing::info_span!("pod", id = self.pod.id.short());
+        async {
+            self.serve().await;
+            self.drain().await;
+        }
+        .instrument(span)
+        .await;
+    }
+
+    async fn serve(&mut self) {
+        self.resume();
+        let stop = self.pods.stop.clone();
+        while !self.gone {
+            tokio::select! {
+                // Ends of operations first: they answer who waits and let in what was put off.
+                // Then commands; the order to end last, so that nothing accepted is left unread.
+                biased;
+                Some(ended) = self.ops.join_next_with_id() => self.ended(ended).await,
+                Some(command) = self.commands.recv() => self.command(command).await,
+                () = stop.cancelled() => break,
+            }
+        }
+    }
+
+    /// What is to be done first for a pod from the records.
+    fn resume(&mut self) {
+        let services = self.pods.services.clone();
+        for record in std::mem::take(&mut self.half_made) {
+            let (pod, services) = (self.pod.clone(), services.clone());
+            let op = Op::Discard(Some(record.id.clone()));
+            self.spawn(op, container::discard(services, pod, record));
+        }
+        match (self.record.state, &self.record.endpoint) {
+            (PodState::Ready, _) => self.reach(),
+            // A new pod has nobody to undo for yet; its `Run` is the first command.
+            (PodState::Starting, _) if matches!(*self.link.borrow(), Link::Pending) => {}
+            (PodState::Starting, _) => {
+                let record = self.record.clone();
+                self.spawn(Op::Discard(None), run::discard(services, record));
+            }
+            (PodState::NotReady, _) => {}
+        }
+    }
+
+    /// Lets operations end for a while; their effects count. Those that only wait are dropped.
+    async fn drain(&mut self) {
+        let deadline = tokio::time::sleep(DRAIN);
+        tokio::pin!(deadline);
+        while self.running.values().any(Op::holds_the_pod) {
+            tokio::select! {
+                // Whatever has ended by the deadline still counts.
+                biased;
+                Some(ended) = self.ops.join_next_with_id() => self.ended(ended).await,
+                () = &mut deadline => {
+                    warn!(operations = ?self.running.values(), "left unfinished at shutdown");
+                    self.ops.detach_all();
+                    break;
+                }
+            }
+        }
+    }
+
+    fn spawn(&mut self, op: Op, work: impl Future<Output = Result<Effect, Error>> + Send + 'static) {
+        let handle = self.ops.spawn(work.in_current_span());
+        self.running.insert(handle.id(), op);
+    }
+
+    fn is_running(&self, op: &Op) -> bool {
+        self.running.values().any(|o| o == op)
+    }
+
+    /// Starts an operation, or joins it if it is under way.
+    fn join<F>(&mut self, op: Op, reply: Reply, work: F)
+    where
+        F: Future<Output = Result<Effect, Error>> + Send + 'static,
+    {
+        if !self.is_running(&op) {
+            self.spawn(op.clone(), work);
+        }
+        self.joined.entry(op).or_default().push(reply);
+    }
+
+    async fn command(&mut self, command: Command) {
+        match command {
+            Command::Request { request, reply } => self.request(request, reply),
+            Command::Exited { id, at, how, taken } => {
+                if self.exited(&id, at, how).await {
+                    // Nobody waits if the connection to the shim went meanwhile: it tells again.
+                    let _ = taken.send(());
+                }
+            }
+        }
+    }
+
+    fn request(&mut self, request: Request, reply: Reply) {
+        if self.must_wait(&request) {
+            self.put_off.push_back((request, reply));
+            return;
+        }
+        if let Err((error, reply)) = self.admit(request, reply) {
+            let _ = reply.send(Err(Arc::new(error)));
+        }
+    }
+
+    /// Whether something under way must end before the request can be looked at.
+    fn must_wait(&self, request: &Request) -> bool {
+        let mut running = self.running.values();
+        match request {
+            Request::Run => false,
+            Request::Create { .. } => running.any(|op| *op == Op::Discard(None)),
+            Request::Start { id } | Request::Update { id, .. } => running.any(|op| {
+                op.touches(id) && !matches!(op, Op::Start(_)) || matches!(op, Op::RemovePod)
+            }),
+            Request::Remove { id } => running.any(|op| {
+                op.touches(id) && !matches!(op, Op::Remove(_)) || matches!(op, Op::RemovePod)
+            }),
+            Request::StopPod => running.any(|op| matches!(op, Op::Run | Op::RemovePod)),
+            Request::RemovePod => {
+                running.any(|op| op.holds_the_pod() && !matches!(op, Op::RemovePod))
+            }
+        }
+    }
+
+    fn admit(&mut self, request: Request, reply: Reply) -> Result<(), (Error, Reply)> {
+        let services = self.pods.services.clone();
+        let pod = self.pod.clone();
+        match request {
+            Request::Run => match self.record.state {
+                PodState::Ready => drop(reply.send(Ok(Answer::Done))),
+                PodState::NotReady => return Err((Error::PodNotReady(pod.id), reply)),
+                PodState::Starting => {
+                    let work = run::bring_up(services, self.record.clone());
+                    self.join(Op::Run, reply, work);
+                }
+            },
+            Request::Create { config } => {
+                if self.record.state != PodState::Ready || self.stopping {
+                    return Err((Error::PodNotReady(pod.id), reply));
+                }
+                let same = |c: &&Container| {
+                    let config_of = &c.view.record.config;
+                    (&config_of.name, config_of.attempt) == (&config.name, config.attempt)
+                };
+                if let Some(found) = self.containers.values().find(same) {
+                    let found = &found.view.record;
+                    let retry = found.config == *config
+                        && matches!(found.state, super::state::ContainerState::Created { .. });
+                    if retry {
+                        let _ = reply.send(Ok(Answer::Container(found.id.clone())));
+                        return Ok(());
+                    }
+                    let error = Error::ContainerExists {
+                        name: config.name.clone(),
+                        attempt: config.attempt,
+                        id: found.id.clone(),
+                        state: found.state.name(),
+                    };
+                    return Err((error, reply));
+                }
+                let op = Op::Create(config.name.clone(), config.attempt);
+                if self.is_running(&op) {
+                    self.joined.entry(op).or_default().push(reply);
+                } else {
+                    let id = ContainerId::random();
+                    // Known before it exists: its exit may be told before its making comes back.
+                    self.pods.index_mut().containers.insert(id.clone(), pod.id.clone());
+                    self.making.insert(op.clone(), id.clone());
+                    let work = container::create(services, pod, id, *config);
+                    self.join(op, reply, work);
+                }
+            }
+            Request::Start { id } => {
+                let view = match self.containers.get(&id) {
+                    Some(container) => container.view.clone(),
+                    None => return Err((Error::NoContainer(id.to_string()), reply)),
+                };
+                use super::state::ContainerState as S;
+                match &view.record.state {
+                    S::Running { .. } => drop(reply.send(Ok(Answer::Done))),
+                    S::Created { .. } if self.record.state == PodState::Ready && !self.stopping => {
+                        self.join(Op::Start(id.clone()), reply, container::start(pod, id));
+                    }
+                    S::Created { .. } => return Err((Error::PodNotReady(pod.id), reply)),
+                    state @ (S::Creating | S::Exited { .. }) => {
+                        let what = "only a created container can be started";
+                        return Err((Error::Wrong { id, state: state.name(), what }, reply));
+                    }
+                }
+            }
+            Request::Remove { id } => {
+                if !self.containers.contains_key(&id) {
+                    return Err((Error::NoContainer(id.to_string()), reply));
+                }
+                self.join(Op::Remove(id.clone()), reply, container::remove(services, pod, id));
+            }
+            Request::Update { id, resources } => {
+                let Some(container) = self.containers.get(&id) else {
+                    return Err((Error::NoContainer(id.to_string()), reply));
+                };
+                let record = container.view.record.clone();
+                let op = Op::Update(id);
+                self.join(op, reply, container::update(services, pod, record, resources));
+            }
+            Request::StopPod => {
+                if self.record.state == PodState::NotReady
+                    && self.containers.values().all(|c| c.view.record.state.is_exited())
+                    && matches!(*self.link.borrow(), Link::Down)
+                    && !services.network.attachments().contains(&pod.id)
+                {
+                    let _ = reply.send(Ok(Answer::Done));
+                    return Ok(());
+                }
+                self.stopping = true;
+                self.join(Op::StopPod, reply, run::stop(services, pod));
+            }
+            Request::RemovePod => {
+                self.stopping = true;
+                self.join(Op::RemovePod, reply, run::remove(services, pod));
+            }
+        }
+        Ok(())
+    }
+
+    async fn ended(&mut self, ended: Result<(Id, Result<Effect, Error>), JoinError>) {
+        let (id, result) = match ended {
+            Ok((id, result)) => (id, result),
+            Err(error) => {
+                let id = error.id();
+                warn!(%error, "an operation broke off");
+                (id, Err(Error::Panicked))
+            }
+        };
+        let Some(op) = self.running.remove(&id) else { return };
+        let answer = match result {
+            Ok(effect) => self.apply(&op, effect).await,
+            Err(error) => {
+                self.failed(&op, &error).await;
+                Err(error)
+            }
+        };
+        let answer = answer.map_err(Arc::new);
+        match (&answer, self.joined.remove(&op)) {
+            (_, Some(replies)) => {
+                for reply in replies {
+                    // Who asked may be gone; the work is done all the same.
+                    let _ = reply.send(answer.clone());
+                }
+            }
+            (Err(error), None) => warn!(operation = ?op, error = %chain(&**error), "not done"),
+            (Ok(_), None) => {}
+        }
+        // In the order they came; each may be put off again.
+        for (request, reply) in std::mem::take(&mut self.put_off) {
+            match self.gone {
+                true => drop(reply.send(Err(Arc::new(Error::NoPod(self.pod.id.to_string()))))),
+                false => self.request(request, reply),
+            }
+        }
+    }
+
+    /// Record, then memory.
+    async fn save_pod(&mut self, record: PodRecord) -> Result<(), Error> {
+        self.pods.services.store.put_pod(&record).await?;
+        self.record = Arc::new(record);
+        Ok(())
+    }
+
+    /// Shows the new state to everybody, then tells what happened.
+    fn publish(&self, id: impl Into<String>, kind: Kind) {
+        let view = view_of(&self.record, &self.containers, self.gone);
+        self.view.send_replace(view.clone());
+        self.pods.services.events.send(id, kind, view);
+    }
+
+    async fn apply(&mut self, op: &Op, effect: Effect) -> Result<Answer, Error> {
+        let services = self.pods.services.clone();
+        match effect {
+            Effect::Up(up) => {
+                let mut record = (*self.record).clone();
+                record.state = PodState::Ready;
+                record.endpoint = Some(up.endpoint);
+                record.ips = up.ips;
+                if let Err(error) = self.save_pod(record).await {
+                    // Up, but not on record: taken down again.
+                    let work = run::discard(services, self.record.clone());
+                    self.spawn(Op::Discard(None), work);
+                    return Err(error);
+                }
+                self.connected(up.client);
+                self.publish(self.pod.id.clone(), Kind::Started);
+                info!(
+                    name = %self.record.config.name,
+                    namespace = %self.record.config.namespace,
+                    ips = ?self.record.ips,
+                    "pod is ready"
+                );
+            }
+            Effect::Stopped => {
+                let mut record = (*self.record).clone();
+                record.state = PodState::NotReady;
+                self.save_pod(record).await?;
+                self.link.send_replace(Link::Down);
+                self.stopping = false;
+                self.publish(self.pod.id.clone(), Kind::Stopped);
+                info!("pod is stopped");
+            }
+            Effect::Gone => {
+                services.store.delete_pod(&self.pod.id).await?;
+                self.forget();
+            }
+            Effect::Created(record) => {
+                let id = record.id.clone();
+                if let Err(error) = services.store.put_container(&record).await {
+                    // Made, but not on record: taken away again.
+                    let work = container::discard(services, self.pod.clone(), *record);
+                    self.spawn(Op::Discard(Some(id)), work);
+                    return Err(error.into());
+                }
+                self.making.remove(op);
+                self.containers.insert(id.clone(), Container::new(*record));
+                self.publish(id.clone(), Kind::Created);
+                if let Some((at, how)) = self.early.remove(&id) {
+                    self.exited(&id, at, how).await;
+                }
+                return Ok(Answer::Container(id));
+            }
+            Effect::Started { id, at } => {
+                self.change(&id, Change::Started { at }).await?;
+            }
+            Effect::Removed(id) => {
+                services.store.delete_container(&id).await?;
+                self.containers.remove(&id);
+                self.early.remove(&id);
+                self.pods.index_mut().containers.remove(&id);
+                self.publish(id, Kind::Deleted);
+            }
+            Effect::Updated { id, resources } => {
+                if let Some(container) = self.containers.get_mut(&id) {
+                    let mut record = container.view.record.clone();
+                    record.config.resources = *resources;
+                    services.store.put_container(&record).await?;
+                    container.set(record);
+                    // The CRI has no event for it: nothing began or ended.
+                    self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
+                }
+            }
+            Effect::Reaped => {}
+            Effect::Linked { client, exits } => {
+                self.connected(client);
+                for seen in exits {
+                    self.exited(&seen.id, seen.at, seen.how).await;
+                }
+                let ended: Vec<_> = self
+                    .containers
+                    .iter()
+                    .filter(|(_, c)| c.view.record.state.is_exited())
+                    .map(|(id, _)| id.clone())
+                    .collect();
+                for id in ended {
+                    self.reap(id);
+                }
+            }
+            Effect::Dead { exits } => {
+                warn!("the pod's shim is dead");
+                self.link.send_replace(Link::Down);
+                for seen in exits {
+                    self.exited(&seen.id, seen.at, seen.how).await;
+                }
+                let mut record = (*self.record).clone();
+                record.state = PodState::NotReady;
+                self.save_pod(record).await?;
+                self.publish(self.pod.id.clone(), Kind::Stopped);
+            }
+            Effect::Closed => {
+                // A shim that is, or was, shut down closes; anything else is looked into.
+                let ending = self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod);
+                if !ending && matches!(*self.link.borrow(), Link::Up(_)) {
+                    self.link.send_replace(Link::Pending);
+                    self.reach();
+                }
+            }
+        }
+        debug_assert!(!matches!(op, Op::Create(..)), "a creation answers with its id");
+        Ok(Answer::Done)
+    }
+
+    /// What a failed operation changes all the same.
+    async fn failed(&mut self, op: &Op, error: &Error) {
+        match op {
+            // Undone already, records and all.
+            Op::Run | Op::Discard(None) => self.forget(),
+            Op::Start(id) => {
+                let how = Exit::NotStarted {
+                    code: container::start_failure_code(error),
+                    message: chain(error),
+                };
+                self.exited(&id.clone(), SystemTime::now(), how).await;
+            }
+            Op::Create(..) => {
+                if let Some(id) = self.making.remove(op) {
+                    self.pods.index_mut().containers.remove(&id);
+                    self.early.remove(&id);
+                }
+            }
+            Op::StopPod => self.stopping = false,
+            Op::RemovePod | Op::Remove(_) | Op::Update(_) | Op::Reap(_) | Op::Discard(Some(_)) | Op::Link
+            | Op::Watch => {}
+        }
+    }
+
+    fn forget(&mut self) {
+        self.gone = true;
+        let last = self.view.borrow().clone();
+        for id in last.containers.keys() {
+            self.pods.services.events.send(id.clone(), Kind::Deleted, last.clone());
+        }
+        self.publish(self.pod.id.clone(), Kind::Deleted);
+        self.pods.index_mut().forget(&self.pod.id);
+    }
+
+    fn connected(&mut self, client: Client) {
+        let watched = client.clone();
+        self.link.send_replace(Link::Up(client));
+        self.spawn(Op::Watch, async move {
+            watched.closed().await;
+            Ok(Effect::Closed)
+        });
+    }
+
+    /// Reaches the shim, for as long as it takes, or learns that it is dead.
+    fn reach(&mut self) {
+        if self.is_running(&Op::Link) {
+            return;
+        }
+        let live: Vec<_> = self.containers.values().map(|c| c.view.record.clone()).collect();
+        let work = recover::reach(self.pods.services.clone(), self.record.clone(), live);
+        self.spawn(Op::Link, work);
+    }
+
+    async fn change(&mut self, id: &ContainerId, change: Change) -> Result<(), Error> {
+        let Some(container) = self.containers.get_mut(id) else { return Ok(()) };
+        let mut record = container.view.record.clone();
+        match record.state.clone().apply(change) {
+            Ok(state) => record.state = state,
+            // Seen twice, settled once.
+            Err(_) => return Ok(()),
+        }
+        let kind = match record.state.is_exited() {
+            true => Kind::Stopped,
+            false => Kind::Started,
+        };
+        self.pods.services.store.put_container(&record).await?;
+        container.set(record);
+        self.publish(id.clone(), kind);
+        Ok(())
+    }
+
+    /// Takes an exit. False: it could not be recorded and must be told again.
+    async fn exited(&mut self, id: &ContainerId, at: SystemTime, how: Exit) -> bool {
+        let Some(container) = self.containers.get(id) else {
+            if self.making.values().any(|making| making == id) {
+                self.early.insert(id.clone(), (at, how));
+            }
+            return true;
+        };
+        if container.view.record.state.is_exited() {
+            return true;
+        }
+        let name = container.view.record.config.name.clone();
+        let code = how.code();
+        match self.change(id, Change::Exited { at, how }).await {
+            Ok(()) => {
+                info!(container = id.short(), name, code, "container ended");
+                self.reap(id.clone());
+                true
+            }
+            Err(error) => {
+                warn!(container = id.short(), error = %chain(&error), "exit is not recorded yet");
+                false
+            }
+        }
+    }
+
+    fn reap(&mut self, id: ContainerId) {
+        let op = Op::Reap(id.clone());
+        if !self.is_running(&op) {
+            self.spawn(op, container::reap(self.pods.services.clone(), self.pod.clone(), id));
+        }
+    }
+}
+
+fn view_of(
+    record: &Arc<PodRecord>,
+    containers: &BTreeMap<ContainerId, Container>,
+    gone: bool,
+) -> Arc<PodView> {
+    let containers = containers.iter().map(|(id, c)| (id.clone(), c.view.clone())).collect();
+    Arc::new(PodView { record: record.clone(), containers, gone })
+}

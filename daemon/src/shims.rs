@@ -1,0 +1,176 @@
+//! Live shims: how one is started and reached, and the socket where they report events.
+//!
+//! Owns the events listener and the connections. What an event means is the pod's business.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use holdfast_protos::shim::protobuf::{self, Message as _, well_known_types::any::Any};
+use holdfast_shim::{
+    bundle::Bundle,
+    client::{self, Client, Command, Endpoint},
+};
+
+use crate::{
+    config::Config,
+    id::{ContainerId, PodId},
+};
+
+/// The containerd namespace of everything we make: what Kubernetes' other tools look into.
+pub const NAMESPACE: &str = "k8s.io";
+
+/// How long a shim may take to answer a first connection.
+const CONNECT: Duration = Duration::from_secs(10);
+/// How long `shim start` and `shim delete` may take.
+const BINARY: Duration = Duration::from_secs(30);
+
+/// Where shims are, and how to start one.
+#[derive(Debug)]
+pub struct Shims {
+    binary: PathBuf,
+    bundles: PathBuf,
+    sockets: PathBuf,
+    /// Where shims send events.
+    pub events: PathBuf,
+    grpc: PathBuf,
+    runtime_root: PathBuf,
+    systemd: bool,
+    timeout: Duration,
+    debug: bool,
+}
+
+impl Shims {
+    /// By the configuration; makes the directories.
+    pub fn new(config: &Config) -> std::io::Result<Self> {
+        let shims = Self {
+            binary: config.runtime.shim.clone(),
+            bundles: config.state.join("bundles"),
+            sockets: config.state.join("s"),
+            events: config.state.join("events.sock"),
+            grpc: config.grpc.socket.clone(),
+            runtime_root: config.state.join("runtime"),
+            systemd: config.runtime.cgroup_driver == crate::config::CgroupDriver::Systemd,
+            timeout: config.runtime.timeout,
+            debug: config.log.level.contains("debug") || config.log.level.contains("trace"),
+        };
+        for dir in [&shims.bundles, &shims.sockets, &shims.runtime_root] {
+            private_dir(dir)?;
+        }
+        Ok(shims)
+    }
+
+    /// Where bundles are: one directory per pod and per container, named by its id.
+    pub fn bundles(&self) -> &Path {
+        &self.bundles
+    }
+
+    /// A pod's bundle.
+    pub fn pod_bundle(&self, id: &PodId) -> Bundle {
+        Bundle::new(self.bundles.join(id))
+    }
+
+    /// A container's bundle.
+    pub fn container_bundle(&self, id: &ContainerId) -> Bundle {
+        Bundle::new(self.bundles.join(id))
+    }
+
+    /// `containerd.runc.v1.Options` for a container under an OCI command line.
+    pub fn runtime_options(&self, runtime: &Path) -> Any {
+        let options = holdfast_protos::shim::oci::Options {
+            binary_name: runtime.display().to_string(),
+            root: self.runtime_root.display().to_string(),
+            systemd_cgroup: self.systemd,
+            ..Default::default()
+        };
+        Any {
+            type_url: "containerd.runc.v1.Options".into(),
+            value: options.write_to_bytes().expect("a message without required fields"),
+            ..Default::default()
+        }
+    }
+
+    fn command(&self, id: &str, bundle: &Bundle, options: Option<protobuf::MessageField<Any>>) -> Command {
+        Command {
+            binary: self.binary.clone(),
+            namespace: NAMESPACE.into(),
+            id: id.to_owned(),
+            bundle: bundle.dir().to_owned(),
+            events: self.events.clone(),
+            grpc: self.grpc.clone(),
+            publish_binary: std::env::current_exe().unwrap_or_else(|_| "holdfastd".into()),
+            options: options.and_then(|o| o.into_option()),
+            env: vec![(
+                "HOLDFAST_RUNTIME_TIMEOUT_MS".into(),
+                self.timeout.as_millis().to_string(),
+            )],
+            debug: self.debug,
+            socket_dir: self.sockets.clone(),
+        }
+    }
+
+    /// Starts a pod's shim and connects to it.
+    pub async fn start(&self, id: &PodId) -> Result<(Endpoint, Client), client::Error> {
+        let endpoint = self.command(id.as_str(), &self.pod_bundle(id), None).start(BINARY).await?;
+        let client = self.connect(&endpoint).await?;
+        Ok((endpoint, client))
+    }
+
+    /// Connects to a running shim.
+    pub async fn connect(&self, endpoint: &Endpoint) -> Result<Client, client::Error> {
+        // Longer than the runtime's own deadline: the shim's answer names what hung, ours would not.
+        let deadline = self.timeout + Duration::from_secs(5);
+        Ok(Client::connect(endpoint, CONNECT).await?.with_deadline(deadline))
+    }
+
+    /// Cleans up after a container whose shim is dead: kills what is left of it and says how it
+    /// ended, by its record if there is one.
+    pub async fn delete_dead(
+        &self,
+        id: &ContainerId,
+        runtime: &Path,
+    ) -> Result<client::Exited, client::Error> {
+        let options = Some(protobuf::MessageField::some(self.runtime_options(runtime)));
+        self.command(id.as_str(), &self.container_bundle(id), options).delete(BINARY).await
+    }
+
+    /// The same for a pod: its helper processes, namespaces and socket.
+    pub async fn delete_dead_pod(&self, id: &PodId) -> Result<client::Exited, client::Error> {
+        self.command(id.as_str(), &self.pod_bundle(id), None).delete(BINARY).await
+    }
+}
+
+/// Makes a directory that only we may enter.
+pub fn private_dir(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Where a pod's connection stands.
+#[derive(Clone, Default)]
+pub enum Link {
+    /// Not connected yet: being started, or being reached again after our own restart.
+    #[default]
+    Pending,
+    /// Connected.
+    Up(Client),
+    /// The shim is proven dead, or was shut down.
+    Down,
+}
+
+/// A connection that is waited for.
+pub async fn connected(
+    link: &mut tokio::sync::watch::Receiver<Link>,
+    deadline: Duration,
+) -> Option<Client> {
+    let up = link.wait_for(|link| !matches!(link, Link::Pending));
+    match tokio::time::timeout(deadline, up).await.ok()?.ok()?.clone() {
+        Link::Up(client) => Some(client),
+        Link::Pending | Link::Down => None,
+    }
+}
+
+/// A share of [`Shims`].
+pub type Shared = Arc<Shims>;

@@ -1,0 +1,197 @@
+//! Programs that fail on request: scripts before the real runtime and the real CNI plugin.
+//!
+//! What a script shall do stands in files of its directory, so that a test can change it at any time:
+//!
+//! | file | effect |
+//! |---|---|
+//! | `hang-<verb>` | wait until the file `release` appears, then do as asked |
+//! | `fail-<verb>` | print the file's content as an error (CNI: to standard output) and exit with 1 |
+//! | `die-<verb>` | do as asked, then exit with 1 as if killed before it could tell |
+//!
+//! A `<verb>` is "create", "start", "exec", … for the runtime and "ADD", "DEL", "CHECK" for CNI. A file
+//! `hang-create.2` takes effect on the second such call only. Every call is a line in `calls`.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+
+/// Common to both. Set before: `$dir`, `$verb`, `$errors` (the stream for errors) and `run`.
+const GATE: &str = r#"
+count=$(grep -c "^$verb " "$dir/calls" 2>/dev/null)
+count=$((count + 1))
+echo "$verb $*" >> "$dir/calls"
+for mark in "$verb" "$verb.$count"; do
+  if [ -e "$dir/fail-$mark" ]; then cat "$dir/fail-$mark" >&"$errors"; exit 1; fi
+  if [ -e "$dir/hang-$mark" ]; then
+    echo "$verb $count" >> "$dir/hanging"
+    while [ ! -e "$dir/release" ]; do sleep 0.05; done
+  fi
+  if [ -e "$dir/die-$mark" ]; then run "$@"; exit 1; fi
+done
+"#;
+
+/// The files of a script.
+#[derive(Clone, Debug)]
+struct Gate {
+    dir: PathBuf,
+}
+
+impl Gate {
+    fn install(dir: PathBuf, script: &str, before: &str, after: &str) -> Result<Self> {
+        fs::create_dir_all(&dir)?;
+        let path = dir.join(script);
+        let text = format!("#!/bin/sh\ndir={}\n{before}{GATE}{after}\n", dir.display());
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(Self { dir })
+    }
+
+    fn mark(&self, what: &str, verb: &str, content: &str) -> Result<()> {
+        fs::write(self.dir.join(format!("{what}-{verb}")), content).context("write to a gate")
+    }
+
+    fn clear(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.dir)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if ["hang-", "fail-", "die-"].iter().any(|mark| name.starts_with(mark)) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lines(&self, file: &str) -> Vec<String> {
+        fs::read_to_string(self.dir.join(file))
+            .unwrap_or_default()
+            .lines()
+            .map(String::from)
+            .collect()
+    }
+}
+
+macro_rules! gate {
+    ($name:ident) => {
+        impl $name {
+            /// Calls of `verb` ("create", or "create.2" for the second alone) hang until released.
+            ///
+            /// # Errors
+            /// The mark cannot be written.
+            pub fn hang(&self, verb: &str) -> Result<()> {
+                self.gate.mark("hang", verb, "")
+            }
+            /// Calls of `verb` fail with this as their error.
+            ///
+            /// # Errors
+            /// The mark cannot be written.
+            pub fn fail(&self, verb: &str, message: &str) -> Result<()> {
+                self.gate.mark("fail", verb, message)
+            }
+            /// Calls of `verb` do their work and then fail without a word.
+            ///
+            /// # Errors
+            /// The mark cannot be written.
+            pub fn die_after(&self, verb: &str) -> Result<()> {
+                self.gate.mark("die", verb, "")
+            }
+            /// Lets everything that hangs go on, and takes all marks away.
+            ///
+            /// # Errors
+            /// A mark cannot be removed.
+            pub fn release(&self) -> Result<()> {
+                self.gate.clear()?;
+                fs::write(self.gate.dir.join("release"), "").context("write to a gate")
+            }
+            /// Calls of `verb` so far.
+            pub fn calls(&self, verb: &str) -> usize {
+                let start = format!("{verb} ");
+                self.gate.lines("calls").iter().filter(|line| line.starts_with(&start)).count()
+            }
+            /// Calls of `verb` that began to hang.
+            pub fn hung(&self, verb: &str) -> usize {
+                let start = format!("{verb} ");
+                self.gate.lines("hanging").iter().filter(|line| line.starts_with(&start)).count()
+            }
+        }
+    };
+}
+
+/// A script before runc.
+#[derive(Clone, Debug)]
+pub struct GatedRuntime {
+    gate: Gate,
+}
+
+impl GatedRuntime {
+    pub(crate) fn install(ground: &Path) -> Result<Self> {
+        let before = r#"
+errors=2
+verb=
+for word in "$@"; do
+  case $word in
+    create|start|exec|delete|kill|state|update|pause|resume|ps|features|checkpoint|restore|run) verb=$word; break ;;
+  esac
+done
+run() { runc "$@"; }
+"#;
+        let gate = Gate::install(ground.join("gated-runc"), "runc", before, r#"exec runc "$@""#)?;
+        Ok(Self { gate })
+    }
+
+    /// The script.
+    pub fn path(&self) -> PathBuf {
+        self.gate.dir.join("runc")
+    }
+}
+
+gate!(GatedRuntime);
+
+/// A script before the bridge plugin.
+#[derive(Clone, Debug)]
+pub struct GatedCni {
+    gate: Gate,
+}
+
+impl GatedCni {
+    pub(crate) fn install(ground: &Path) -> Result<Self> {
+        // Named as the plugin, in a directory that is searched first. Errors of CNI plugins are JSON
+        // on standard output; a `fail-` mark has that text.
+        let before = r#"
+errors=1
+verb=$CNI_COMMAND
+real=/usr/lib/cni/bridge
+[ -x $real ] || real=/opt/cni/bin/bridge
+run() { $real; }
+"#;
+        let gate = Gate::install(ground.join("cni"), "bridge", before, "exec $real")?;
+        Ok(Self { gate })
+    }
+}
+
+gate!(GatedCni);
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_script_fails_on_the_call_it_was_told_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let gate = GatedRuntime::install(dir.path()).unwrap();
+        gate.fail("features.2", "no more").unwrap();
+        let call =
+            || Command::new(gate.path()).args(["--root", "/x", "features"]).output().unwrap();
+        call();
+        let second = call();
+        assert_eq!(second.status.code(), Some(1));
+        assert_eq!(String::from_utf8_lossy(&second.stderr), "no more");
+        assert_ne!(String::from_utf8_lossy(&call().stderr), "no more");
+        assert_eq!(gate.calls("features"), 3);
+    }
+}

@@ -1,0 +1,620 @@
+//! A node: one `holdfastd` process on a [`Ground`] of its own.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use holdfast_protos::cri;
+use serde_json::json;
+
+use crate::{
+    binaries::{Binaries, binaries},
+    cri::Cri,
+    fake::{GatedCni, GatedRuntime},
+    ground::{Ground, Process},
+    hugetlb::Hugetlb,
+    image::Image,
+    leaks::Inventory,
+    pod::{Pod, PodBuilder},
+    registry::Registry,
+    wait::{Look, eventually},
+};
+
+/// How long a daemon has from its start to its first answer. Generous: it is not what is measured.
+const READY: Duration = Duration::from_secs(30);
+/// How long what was removed may take to be gone.
+const SETTLE: Duration = Duration::from_secs(15);
+
+/// The network of a node's pods.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cni {
+    /// A bridge with IPv4 addresses by host-local, port mappings by portmap.
+    #[default]
+    Bridge,
+    /// The same with IPv6 addresses too.
+    DualStack,
+    /// No configuration at all: only pods on the node's network can run.
+    None,
+}
+
+/// Describes a node.
+#[derive(Clone, Debug)]
+pub struct Builder {
+    cni: Cni,
+    default_runtime: String,
+    gated_runtime: bool,
+    gated_cni: bool,
+    hugetlb: bool,
+    config: String,
+    runtime_config: String,
+    network_config: String,
+    images_config: String,
+    env: Vec<(String, String)>,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Self {
+            cni: Cni::default(),
+            default_runtime: "runc".into(),
+            gated_runtime: false,
+            gated_cni: false,
+            hugetlb: false,
+            config: String::new(),
+            runtime_config: String::new(),
+            network_config: String::new(),
+            images_config: String::new(),
+            env: Vec::new(),
+        }
+    }
+}
+
+impl Builder {
+    /// The pods' network.
+    pub fn cni(mut self, cni: Cni) -> Self {
+        self.cni = cni;
+        self
+    }
+    /// The handler of pods that name none: "runc" or "crun".
+    pub fn default_runtime(mut self, name: &str) -> Self {
+        self.default_runtime = name.into();
+        self
+    }
+    /// Puts a script between the shim and runc that can be told to hang or fail.
+    pub fn gated_runtime(mut self) -> Self {
+        self.gated_runtime = true;
+        self
+    }
+    /// Puts a script before the bridge plugin that can be told to hang or fail.
+    pub fn gated_cni(mut self) -> Self {
+        self.gated_cni = true;
+        self
+    }
+    /// With limits for huge pages, on hosts where that takes a mount.
+    pub fn hugetlb(mut self) -> Self {
+        self.hugetlb = true;
+        self
+    }
+    /// More of the configuration file: whole tables.
+    pub fn config(mut self, toml: &str) -> Self {
+        self.config.push_str(toml);
+        self.config.push('\n');
+        self
+    }
+    /// More lines of the table `[runtime]`.
+    pub fn runtime_config(mut self, lines: &str) -> Self {
+        self.runtime_config.push_str(lines);
+        self.runtime_config.push('\n');
+        self
+    }
+    /// More lines of the table `[network]`.
+    pub fn network_config(mut self, lines: &str) -> Self {
+        self.network_config.push_str(lines);
+        self.network_config.push('\n');
+        self
+    }
+    /// More lines of the table `[images]`.
+    pub fn images_config(mut self, lines: &str) -> Self {
+        self.images_config.push_str(lines);
+        self.images_config.push('\n');
+        self
+    }
+    /// An environment variable of the daemon.
+    pub fn env(mut self, key: &str, value: &str) -> Self {
+        self.env.push((key.into(), value.into()));
+        self
+    }
+
+    /// Starts it and waits until it serves.
+    ///
+    /// # Errors
+    /// A binary is missing; the daemon ends or does not answer: the error has the end of its log.
+    pub async fn start(self) -> Result<Node> {
+        let binaries = binaries()?;
+        let ground = Ground::new()?;
+        let hugetlb = Hugetlb::hold(self.hugetlb || self.default_runtime == "crun")?;
+        let gated_cni = if self.gated_cni { Some(GatedCni::install(ground.path())?) } else { None };
+        let gated_runtime =
+            if self.gated_runtime { Some(GatedRuntime::install(ground.path())?) } else { None };
+        write_network(&ground, self.cni)?;
+        let config = write_config(&self, &ground, &binaries, gated_runtime.as_ref())?;
+        let cri = Cri::new(ground.path().join("cri.sock"));
+        let mut node = Node {
+            daemon: None,
+            registry: None,
+            baseline: Inventory::default(),
+            config,
+            cri,
+            env: self.env,
+            binaries,
+            gated_runtime,
+            gated_cni,
+            ground,
+            finished: false,
+            _hugetlb: hugetlb,
+        };
+        node.restart().await?;
+        node.baseline = node.inventory();
+        Ok(node)
+    }
+}
+
+/// A running node. See the crate's documentation for the story it takes part in.
+#[derive(Debug)]
+pub struct Node {
+    // Dropped in this order: the daemon first, its ground and what crun needs last.
+    daemon: Option<Process>,
+    registry: Option<Registry>,
+    baseline: Inventory,
+    config: PathBuf,
+    cri: Cri,
+    env: Vec<(String, String)>,
+    binaries: Binaries,
+    gated_runtime: Option<GatedRuntime>,
+    gated_cni: Option<GatedCni>,
+    ground: Ground,
+    finished: bool,
+    _hugetlb: Hugetlb,
+}
+
+impl Node {
+    /// A node with runc and a bridge.
+    ///
+    /// # Errors
+    /// See [`Builder::start`].
+    pub async fn start() -> Result<Self> {
+        Self::builder().start().await
+    }
+
+    /// Any other node.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// Its CRI socket.
+    pub fn cri(&self) -> &Cri {
+        &self.cri
+    }
+
+    /// Its directory: `root`, `state`, `logs`, `ipam`, `config.toml`, `daemon.log`.
+    pub fn path(&self) -> &Path {
+        self.ground.path()
+    }
+
+    /// Names of its cgroup, bridge and network.
+    pub fn ground(&self) -> &Ground {
+        &self.ground
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> &Path {
+        &self.config
+    }
+
+    /// The binaries under test.
+    pub fn binaries(&self) -> &Binaries {
+        &self.binaries
+    }
+
+    /// The script before runc.
+    pub fn gated_runtime(&self) -> &GatedRuntime {
+        self.gated_runtime.as_ref().expect("the node was built with gated_runtime()")
+    }
+
+    /// The script before the bridge plugin.
+    pub fn gated_cni(&self) -> &GatedCni {
+        self.gated_cni.as_ref().expect("the node was built with gated_cni()")
+    }
+
+    /// Process id of the daemon.
+    pub fn daemon_pid(&self) -> i32 {
+        self.daemon.as_ref().expect("the daemon runs").pid()
+    }
+
+    /// Describes a pod of this name, on the pod network.
+    pub fn pod(&self, name: &str) -> PodBuilder {
+        PodBuilder::new(
+            &self.cri,
+            name,
+            &self.ground.cgroup(),
+            &self.ground.path().join("logs").join(name),
+        )
+    }
+
+    /// The registry of this node, started when it is first asked for.
+    ///
+    /// # Errors
+    /// See [`Registry::start`].
+    pub async fn registry(&mut self) -> Result<&Registry> {
+        if self.registry.is_none() {
+            self.registry = Some(Registry::start().await?);
+        }
+        Ok(self.registry.as_ref().expect("just set"))
+    }
+
+    /// Pushes an image to the node's registry and pulls it; its reference.
+    ///
+    /// # Errors
+    /// Either fails.
+    pub async fn load(&mut self, name: &str, image: &Image) -> Result<String> {
+        let reference = self.registry().await?.push(name, image).await?;
+        self.pull(&reference).await?;
+        // What the image store keeps from now on is no leak.
+        self.baseline = self.inventory();
+        Ok(reference)
+    }
+
+    /// The plain busybox image, pulled from the node's registry; its reference.
+    ///
+    /// # Errors
+    /// See [`Node::load`].
+    pub async fn busybox(&mut self) -> Result<String> {
+        self.load("test/busybox:1", &Image::busybox()?.build()?).await
+    }
+
+    /// PullImage; the answered reference.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub async fn pull(&self, reference: &str) -> Result<String, tonic::Status> {
+        let request =
+            cri::PullImageRequest { image: Some(image_spec(reference)), ..Default::default() };
+        Ok(self.cri.images().pull_image(request).await?.into_inner().image_ref)
+    }
+
+    /// ImageStatus; none when the image is not here.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub async fn image(&self, reference: &str) -> Result<Option<cri::Image>, tonic::Status> {
+        let request =
+            cri::ImageStatusRequest { image: Some(image_spec(reference)), ..Default::default() };
+        Ok(self.cri.images().image_status(request).await?.into_inner().image)
+    }
+
+    /// ListImages without a filter.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub async fn images(&self) -> Result<Vec<cri::Image>, tonic::Status> {
+        let request = cri::ListImagesRequest::default();
+        Ok(self.cri.images().list_images(request).await?.into_inner().images)
+    }
+
+    /// RemoveImage.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub async fn remove_image(&self, reference: &str) -> Result<(), tonic::Status> {
+        let request = cri::RemoveImageRequest { image: Some(image_spec(reference)) };
+        self.cri.images().remove_image(request).await?;
+        Ok(())
+    }
+
+    /// ListPodSandbox without a filter.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub async fn pods(&self) -> Result<Vec<cri::PodSandbox>, tonic::Status> {
+        let request = cri::ListPodSandboxRequest::default();
+        Ok(self.cri.runtime().list_pod_sandbox(request).await?.into_inner().items)
+    }
+
+    /// ListContainers without a filter.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub async fn containers(&self) -> Result<Vec<cri::Container>, tonic::Status> {
+        let request = cri::ListContainersRequest::default();
+        Ok(self.cri.runtime().list_containers(request).await?.into_inner().containers)
+    }
+
+    /// Status.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub async fn status(&self, verbose: bool) -> Result<cri::StatusResponse, tonic::Status> {
+        Ok(self.cri.runtime().status(cri::StatusRequest { verbose }).await?.into_inner())
+    }
+
+    /// Kills the daemon with SIGKILL.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn kill9(&mut self) -> Result<()> {
+        self.daemon.take().context("the daemon does not run")?.kill9()
+    }
+
+    /// Ends the daemon with SIGTERM; it must exit with 0 within ten seconds.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn terminate(&mut self) -> Result<()> {
+        let status = self
+            .daemon
+            .take()
+            .context("the daemon does not run")?
+            .terminate(Duration::from_secs(10))?;
+        ensure!(status.success(), "the daemon ended with {status}\n{}", self.daemon_log(40));
+        Ok(())
+    }
+
+    /// Starts the daemon, which must not run, and waits until it serves; the time that took.
+    ///
+    /// # Errors
+    /// It ends, or does not answer in time: the error has the end of its log.
+    pub async fn restart(&mut self) -> Result<Duration> {
+        ensure!(self.daemon.is_none(), "the daemon runs already");
+        let started = Instant::now();
+        let mut daemon = Process::spawn(
+            &self.binaries.daemon,
+            &["--config".as_ref(), self.config.as_os_str()],
+            &self.env,
+            &self.ground.path().join("daemon.log"),
+        )?;
+        let probe = self.cri.deadline(Duration::from_secs(5));
+        let ready = eventually(READY, "the daemon to be ready", async || {
+            if let Some(status) = daemon.try_wait()? {
+                bail!("the daemon ended with {status}");
+            }
+            let request = cri::StatusRequest::default();
+            Ok(match probe.runtime().status(request).await {
+                Ok(status) => {
+                    let conditions = status.into_inner().status.unwrap_or_default().conditions;
+                    let ready = conditions.iter().any(|c| c.r#type == "RuntimeReady" && c.status);
+                    Look::when(ready, || format!("{conditions:?}"))
+                }
+                Err(status) => Look::Not(status.to_string()),
+            })
+        })
+        .await;
+        self.daemon = Some(daemon);
+        ready.with_context(|| self.daemon_log(60))?;
+        Ok(started.elapsed())
+    }
+
+    /// The last lines of the daemon's log.
+    pub fn daemon_log(&self, lines: usize) -> String {
+        let text = fs::read(self.ground.path().join("daemon.log")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let skip = text.lines().count().saturating_sub(lines);
+        let mut end = String::from("the daemon's log:\n");
+        for line in text.lines().skip(skip) {
+            let _ = writeln!(end, "  | {line}");
+        }
+        end
+    }
+
+    /// Runs the command line tool against this node.
+    ///
+    /// # Errors
+    /// It cannot be run, or ends with another code than 0; the error has its output.
+    pub fn cli(&self, args: &[&str]) -> Result<String> {
+        let output = Command::new(&self.binaries.cli)
+            .env("CONTAINER_RUNTIME_ENDPOINT", format!("unix://{}", self.cri.socket().display()))
+            .args(args)
+            .output()
+            .context("run holdfast")?;
+        ensure!(
+            output.status.success(),
+            "holdfast {}: {}\n{}{}",
+            args.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// What this node has on the machine now.
+    pub fn inventory(&self) -> Inventory {
+        Inventory::take(&self.ground, self.daemon.as_ref().map(Process::pid).as_slice())
+    }
+
+    /// What has been added since `before`, once it is nothing; waits for that.
+    ///
+    /// # Errors
+    /// Something stays; the error lists it.
+    pub async fn nothing_left_since(&self, before: &Inventory) -> Result<()> {
+        eventually(SETTLE, "everything to be gone", async || {
+            let left = self.inventory().without(before);
+            Ok(Look::when(left.is_empty(), || format!("still there:\n{left}")))
+        })
+        .await
+        .with_context(|| self.daemon_log(60))
+    }
+
+    /// Stops and removes every pod through the CRI.
+    ///
+    /// # Errors
+    /// The daemon's.
+    pub async fn remove_all(&self) -> Result<()> {
+        let removals = self.pods().await?.into_iter().map(|pod| {
+            let pod = Pod::existing(&self.cri, &pod.id);
+            async move {
+                pod.stop().await.with_context(|| format!("stop pod {}", pod.id))?;
+                pod.remove().await.with_context(|| format!("remove pod {}", pod.id))
+            }
+        });
+        futures::future::try_join_all(removals).await?;
+        let (pods, containers) = (self.pods().await?, self.containers().await?);
+        ensure!(pods.is_empty() && containers.is_empty(), "left: {pods:?} {containers:?}");
+        Ok(())
+    }
+
+    /// The end of a test: every pod is removed and nothing of them may be left; the daemon is ended
+    /// and nothing of the node may be left.
+    ///
+    /// # Errors
+    /// What is left, or what could not be removed.
+    pub async fn finish(mut self) -> Result<()> {
+        self.remove_all().await.with_context(|| self.daemon_log(60))?;
+        self.nothing_left_since(&self.baseline).await?;
+        self.terminate()?;
+        let left = self.inventory().only(&["mount", "cgroup", "process", "link", "address"]);
+        ensure!(left.is_empty(), "left after the daemon:\n{left}");
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        // A test that did not get to its end. Pods are stopped through the daemon where it still
+        // answers, so that CNI takes back what is outside the ground; the ground's own sweep kills
+        // and unmounts the rest.
+        eprintln!("{}", self.daemon_log(200));
+        let cri = self.cri.deadline(Duration::from_secs(5));
+        let _ = std::thread::spawn(move || {
+            let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build()
+            else {
+                return;
+            };
+            runtime.block_on(async {
+                let stop = async {
+                    let request = cri::ListPodSandboxRequest::default();
+                    let pods = cri.runtime().list_pod_sandbox(request).await?.into_inner().items;
+                    futures::future::join_all(
+                        pods.iter().map(|pod| async { Pod::existing(&cri, &pod.id).stop().await }),
+                    )
+                    .await;
+                    Ok::<(), tonic::Status>(())
+                };
+                let _ = tokio::time::timeout(Duration::from_secs(10), stop).await;
+            });
+        })
+        .join();
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.terminate(Duration::from_secs(5));
+        }
+    }
+}
+
+/// A reference as the CRI takes it.
+pub fn image_spec(reference: &str) -> cri::ImageSpec {
+    cri::ImageSpec { image: reference.into(), ..Default::default() }
+}
+
+fn write_network(ground: &Ground, cni: Cni) -> Result<()> {
+    let dir = ground.path().join("net.d");
+    fs::create_dir_all(&dir)?;
+    let mut ranges = vec![json!([{"subnet": ground.subnet4()}])];
+    match cni {
+        Cni::None => return Ok(()),
+        Cni::Bridge => {}
+        Cni::DualStack => ranges.push(json!([{"subnet": ground.subnet6()}])),
+    }
+    let mut routes = vec![json!({"dst": "0.0.0.0/0"})];
+    if cni == Cni::DualStack {
+        routes.push(json!({"dst": "::/0"}));
+    }
+    let list = json!({
+        "cniVersion": "1.0.0",
+        "name": ground.network(),
+        "plugins": [
+            {
+                "type": "bridge",
+                "bridge": ground.bridge(),
+                "isGateway": true,
+                "ipMasq": true,
+                "hairpinMode": true,
+                "ipam": {
+                    "type": "host-local",
+                    "dataDir": ground.path().join("ipam"),
+                    "ranges": ranges,
+                    "routes": routes,
+                },
+            },
+            {"type": "portmap", "capabilities": {"portMappings": true}},
+        ],
+    });
+    fs::write(dir.join("10-test.conflist"), serde_json::to_vec_pretty(&list)?)?;
+    Ok(())
+}
+
+fn write_config(
+    node: &Builder,
+    ground: &Ground,
+    binaries: &Binaries,
+    gated: Option<&GatedRuntime>,
+) -> Result<PathBuf> {
+    let at = |name: &str| ground.path().join(name).display().to_string();
+    let mut handlers: BTreeMap<&str, String> = BTreeMap::new();
+    handlers.insert("runc", "runc".into());
+    handlers.insert("crun", "crun".into());
+    if let Some(gated) = gated {
+        handlers.insert("runc", gated.path().display().to_string());
+    }
+    let mut text = format!(
+        "version = 1\nroot = {root:?}\nstate = {state:?}\n\n[grpc]\nsocket = {socket:?}\n\n\
+         [network]\nconf_dir = {conf:?}\nbin_dirs = [{bin:?}, \"/opt/cni/bin\", \"/usr/lib/cni\"]\n{network}\n\
+         [images]\nhosts_dir = {hosts:?}\n{images}\n\
+         [nri]\nsocket = {nri:?}\nplugin_dir = {plugins:?}\nconf_dir = {plugin_conf:?}\n\n\
+         [log]\nlevel = \"debug,h2=info,hyper=info,tower=info,tonic=info\"\n\n\
+         [runtime]\ndefault = {default:?}\nshim = {shim:?}\ncgroup_driver = \"cgroupfs\"\n{more}",
+        root = at("root"),
+        state = at("state"),
+        socket = at("cri.sock"),
+        conf = at("net.d"),
+        bin = at("cni"),
+        hosts = at("hosts"),
+        nri = at("nri.sock"),
+        plugins = at("nri/plugins"),
+        plugin_conf = at("nri/conf.d"),
+        default = node.default_runtime,
+        shim = binaries.shim.display().to_string(),
+        network = node.network_config,
+        images = node.images_config,
+        more = node.runtime_config,
+    );
+    for (name, path) in handlers {
+        let _ = write!(text, "\n[runtime.handlers.{name}]\npath = {path:?}\n");
+    }
+    text.push('\n');
+    text.push_str(&node.config);
+    let path = ground.path().join("config.toml");
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+/// The level-triggered wait for anything about a node, with the daemon's log in the error.
+///
+/// # Errors
+/// See [`eventually`].
+pub async fn on<T>(
+    node: &Node,
+    limit: Duration,
+    what: &str,
+    look: impl AsyncFnMut() -> Result<Look<T>>,
+) -> Result<T> {
+    eventually(limit, what, look).await.with_context(|| node.daemon_log(40))
+}

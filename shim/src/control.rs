@@ -1,0 +1,360 @@
+//! The pod's private control socket (`io.sock` in the pod's bundle, mode 0600): what the shim
+//! contract lacks, log reopening and attach.
+//!
+//! One request per connection:
+//! ```text
+//! -> reopen <container>\n             <- ok\n | error <text>\n
+//! -> attach <container> [i][o][e]\n   <- ok\n | error <text>\n, then frames both ways
+//! frame: kind u8, length u32 big endian, payload
+//! -> 0 stdin (empty: end of input)   4 resize (u16 width, u16 height, big endian)
+//! <- 1 stdout   2 stderr   3 end (empty: the container's output has ended)
+//! ```
+//! An attached client that does not read is dropped when its bounded buffer is full; it never
+//! stalls the container.
+
+/// Longest payload of a frame, in bytes; a longer one is a broken peer.
+pub const FRAME_MAX: usize = 256 * 1024;
+
+/// Longest request or reply line, in bytes.
+pub const LINE_MAX: usize = 4096;
+
+/// Bytes of a frame before its payload.
+pub const HEADER: usize = 5;
+
+/// The kind of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// Bytes for the container's standard input; none: its end.
+    Stdin = 0,
+    /// Bytes of standard output.
+    Stdout = 1,
+    /// Bytes of standard error.
+    Stderr = 2,
+    /// No output will follow.
+    End = 3,
+    /// New size of the terminal.
+    Resize = 4,
+}
+
+impl Kind {
+    /// The kind of this number.
+    pub fn from_byte(byte: u8) -> Option<Self> {
+        Some(match byte {
+            0 => Kind::Stdin,
+            1 => Kind::Stdout,
+            2 => Kind::Stderr,
+            3 => Kind::End,
+            4 => Kind::Resize,
+            _ => return None,
+        })
+    }
+}
+
+/// The bytes before a payload of `length` bytes.
+pub fn header(kind: Kind, length: usize) -> [u8; HEADER] {
+    let [a, b, c, d] = u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
+    [kind as u8, a, b, c, d]
+}
+
+/// Kind and payload length of a header; `None` when a peer that keeps to the protocol cannot have
+/// sent it.
+pub fn parse_header(header: [u8; HEADER]) -> Option<(Kind, usize)> {
+    let [kind, length @ ..] = header;
+    let length = u32::from_be_bytes(length) as usize;
+    (length <= FRAME_MAX).then_some((Kind::from_byte(kind)?, length))
+}
+
+/// Which streams an attach wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Attach {
+    /// Feed standard input.
+    pub stdin: bool,
+    /// See standard output (of a terminal: all output).
+    pub stdout: bool,
+    /// See standard error.
+    pub stderr: bool,
+}
+
+/// A request line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Close the container's log and open its path again.
+    Reopen(String),
+    /// Attach to the container.
+    Attach(String, Attach),
+}
+
+impl Request {
+    /// The line, with its line feed.
+    pub fn line(&self) -> String {
+        match self {
+            Request::Reopen(container) => format!("reopen {container}\n"),
+            Request::Attach(container, attach) => {
+                let mark = |on: bool, letter: &'static str| if on { letter } else { "" };
+                format!(
+                    "attach {container} {}{}{}\n",
+                    mark(attach.stdin, "i"),
+                    mark(attach.stdout, "o"),
+                    mark(attach.stderr, "e")
+                )
+            }
+        }
+    }
+
+    /// The request of a line without its line feed.
+    pub fn parse(line: &str) -> Option<Self> {
+        let mut words = line.split(' ');
+        let request = match (words.next()?, words.next().filter(|id| !id.is_empty())?) {
+            ("reopen", id) => Request::Reopen(id.to_owned()),
+            ("attach", id) => {
+                let mut attach = Attach::default();
+                for letter in words.next().unwrap_or_default().chars() {
+                    match letter {
+                        'i' => attach.stdin = true,
+                        'o' => attach.stdout = true,
+                        'e' => attach.stderr = true,
+                        _ => return None,
+                    }
+                }
+                Request::Attach(id.to_owned(), attach)
+            }
+            _ => return None,
+        };
+        words.next().is_none().then_some(request)
+    }
+}
+
+#[cfg(feature = "client")]
+pub use self::client::{AttachInput, AttachOutput, AttachStream, Control, Output};
+
+#[cfg(feature = "client")]
+mod client {
+    use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+    use tokio::{
+        io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+        net::{
+            UnixStream,
+            unix::{OwnedReadHalf, OwnedWriteHalf},
+        },
+        sync::Mutex,
+    };
+
+    use super::{Attach, FRAME_MAX, HEADER, Kind, LINE_MAX, Request, header, parse_header};
+    use crate::{bundle::Bundle, client::Error};
+
+    /// The way to a pod's control socket.
+    #[derive(Clone, Debug)]
+    pub struct Control {
+        socket: PathBuf,
+    }
+
+    impl Control {
+        /// The control socket of the pod whose bundle this is.
+        pub fn new(pod_bundle: &Bundle) -> Self {
+            Self { socket: pod_bundle.io_socket() }
+        }
+
+        /// Closes the container's log file and opens its path again, after a rotation.
+        ///
+        /// # Errors
+        /// The shim does not answer within `deadline`, does not know the container, or cannot open
+        /// the file; then it goes on with the file it has.
+        pub async fn reopen_log(&self, container: &str, deadline: Duration) -> Result<(), Error> {
+            let request = Request::Reopen(container.to_owned());
+            tokio::time::timeout(deadline, self.ask("reopen log", &request))
+                .await
+                .map_err(|_| Error::Deadline { call: "reopen log", deadline })?
+                .map(|_| ())
+        }
+
+        /// Attaches to a running container.
+        ///
+        /// # Errors
+        /// The shim does not answer within 10 seconds, or does not know the container.
+        pub async fn attach(&self, container: &str, attach: Attach) -> Result<AttachStream, Error> {
+            let deadline = Duration::from_secs(10);
+            let request = Request::Attach(container.to_owned(), attach);
+            let stream = tokio::time::timeout(deadline, self.ask("attach", &request))
+                .await
+                .map_err(|_| Error::Deadline { call: "attach", deadline })??;
+            let (read, write) = stream;
+            let write = Arc::new(Mutex::new(write));
+            let output = AttachOutput { read, _write: write.clone() };
+            Ok(AttachStream { input: AttachInput { write }, output })
+        }
+
+        async fn ask(
+            &self,
+            call: &'static str,
+            request: &Request,
+        ) -> Result<(BufReader<OwnedReadHalf>, OwnedWriteHalf), Error> {
+            let io = |source| Error::Io { call, source };
+            // sun_path holds 107 bytes and bundles are deep: connect through a short alias.
+            let (_dir, short) = short_path(&self.socket).map_err(io)?;
+            let stream = UnixStream::connect(short).await.map_err(io)?;
+            let (read, mut write) = stream.into_split();
+            write.write_all(request.line().as_bytes()).await.map_err(io)?;
+            let mut read = BufReader::new(read);
+            let mut reply = Vec::new();
+            (&mut read).take(LINE_MAX as u64).read_until(b'\n', &mut reply).await.map_err(io)?;
+            let reply = String::from_utf8_lossy(&reply);
+            match reply.trim_end().split_once(' ') {
+                None if reply == "ok\n" => Ok((read, write)),
+                Some(("error", text)) => Err(Error::refused(call, text)),
+                _ => Err(Error::Closed { call }),
+            }
+        }
+    }
+
+    /// `/proc/self/fd/N/name`, and the directory that must stay open for it.
+    fn short_path(socket: &std::path::Path) -> io::Result<(std::fs::File, PathBuf)> {
+        use std::os::fd::AsRawFd as _;
+        let parent = socket.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        let name = socket.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let dir = std::fs::File::open(parent)?;
+        let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
+        Ok((dir, short))
+    }
+
+    /// What comes from an attached container.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    pub enum Output {
+        /// Bytes of standard output, or of the terminal.
+        Stdout(Vec<u8>),
+        /// Bytes of standard error.
+        Stderr(Vec<u8>),
+    }
+
+    /// An attached container.
+    #[derive(Debug)]
+    pub struct AttachStream {
+        /// Towards the container.
+        pub input: AttachInput,
+        /// From the container.
+        pub output: AttachOutput,
+    }
+
+    impl AttachStream {
+        /// Both directions, to be driven apart. The attach ends when both are dropped; standard
+        /// input alone ends by [`AttachInput::close_stdin`].
+        pub fn split(self) -> (AttachInput, AttachOutput) {
+            (self.input, self.output)
+        }
+    }
+
+    /// Towards an attached container.
+    #[derive(Debug)]
+    pub struct AttachInput {
+        write: Arc<Mutex<OwnedWriteHalf>>,
+    }
+
+    impl AttachInput {
+        /// Feeds standard input; waits while the container does not read.
+        ///
+        /// # Errors
+        /// The shim has ended the attach.
+        pub async fn stdin(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+            while !bytes.is_empty() {
+                let (now, later) = bytes.split_at(bytes.len().min(FRAME_MAX));
+                self.frame(Kind::Stdin, now).await?;
+                bytes = later;
+            }
+            Ok(())
+        }
+
+        /// Ends standard input.
+        ///
+        /// # Errors
+        /// As [`AttachInput::stdin`].
+        pub async fn close_stdin(&mut self) -> io::Result<()> {
+            self.frame(Kind::Stdin, &[]).await
+        }
+
+        /// Sets the terminal's size, in characters.
+        ///
+        /// # Errors
+        /// As [`AttachInput::stdin`].
+        pub async fn resize(&mut self, width: u16, height: u16) -> io::Result<()> {
+            let ([a, b], [c, d]) = (width.to_be_bytes(), height.to_be_bytes());
+            self.frame(Kind::Resize, &[a, b, c, d]).await
+        }
+
+        async fn frame(&mut self, kind: Kind, payload: &[u8]) -> io::Result<()> {
+            let mut frame = Vec::with_capacity(HEADER + payload.len());
+            frame.extend_from_slice(&header(kind, payload.len()));
+            frame.extend_from_slice(payload);
+            self.write.lock().await.write_all(&frame).await
+        }
+    }
+
+    /// From an attached container.
+    #[derive(Debug)]
+    pub struct AttachOutput {
+        read: BufReader<OwnedReadHalf>,
+        /// Dropping a write half shuts it down, and to the shim the client has left then.
+        _write: Arc<Mutex<OwnedWriteHalf>>,
+    }
+
+    impl AttachOutput {
+        /// The next bytes; `None` when the container's output has ended. Not cancel safe: a
+        /// dropped call can lose a part of a frame.
+        ///
+        /// # Errors
+        /// `UnexpectedEof`: the shim dropped this client (it read too slowly), or is gone.
+        pub async fn next(&mut self) -> io::Result<Option<Output>> {
+            loop {
+                let mut head = [0; HEADER];
+                self.read.read_exact(&mut head).await?;
+                let (kind, length) = parse_header(head).ok_or(io::ErrorKind::InvalidData)?;
+                let mut payload = vec![0; length];
+                self.read.read_exact(&mut payload).await?;
+                match kind {
+                    Kind::Stdout => return Ok(Some(Output::Stdout(payload))),
+                    Kind::Stderr => return Ok(Some(Output::Stderr(payload))),
+                    Kind::End => return Ok(None),
+                    Kind::Stdin | Kind::Resize => {}
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn requests_read_as_they_are_written() {
+        let all = Attach { stdin: true, stdout: true, stderr: true };
+        for request in [
+            Request::Reopen("a".into()),
+            Request::Attach("b".into(), all),
+            Request::Attach("c".into(), Attach::default()),
+        ] {
+            assert_eq!(Request::parse(request.line().trim_end_matches('\n')), Some(request));
+        }
+    }
+
+    #[test]
+    fn what_is_no_request_is_refused() {
+        for line in
+            ["", "reopen", "reopen ", "attach a x", "attach a io e", "detach a", "reopen a b"]
+        {
+            assert_eq!(Request::parse(line), None, "{line}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_header_is_parsed_or_refused(bytes: [u8; HEADER]) {
+            if let Some((kind, length)) = parse_header(bytes) {
+                prop_assert!(length <= FRAME_MAX);
+                prop_assert_eq!(header(kind, length), bytes);
+            }
+        }
+    }
+}

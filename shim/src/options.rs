@@ -1,0 +1,62 @@
+//! What our daemon tells our shim inside the contract's extension points.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// `type_url` of [`PodOptions`] (JSON) in `CreateSandboxRequest.options`.
+pub const POD_OPTIONS: &str = "holdfast.dev/PodOptions";
+
+/// Scheme of an output that the shim itself writes as a CRI log: `cri-log:///path/to/file`.
+///
+/// With an empty path no file is written; attach works all the same.
+pub const CRI_LOG: &str = "cri-log://";
+
+/// Standard input that attach feeds: the shim keeps a FIFO in the bundle.
+pub const HELD_STDIN: &str = "holdfast-stdin://";
+
+/// Like [`HELD_STDIN`], and closed when the first attach that had it leaves.
+pub const HELD_STDIN_ONCE: &str = "holdfast-stdin://?once";
+
+/// What a pod is to have of its own; the default is nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PodOptions {
+    /// Host name in the UTS namespace; empty: as the node's. At most 64 bytes (Linux).
+    pub hostname: String,
+    /// A network namespace, with `lo` up. Not with a `netns_path` in the request.
+    pub net: bool,
+    /// An IPC namespace.
+    pub ipc: bool,
+    /// A UTS namespace.
+    pub uts: bool,
+    /// A PID namespace that the containers share, with a built-in init that reaps.
+    pub pid: bool,
+    /// A user namespace that owns the others.
+    pub user: Option<UserMappings>,
+    /// Sysctls, set in the new namespaces: name with dots (or slashes) to value.
+    pub sysctls: BTreeMap<String, String>,
+    /// cgroup of the pod, as a path from the hierarchies' roots; the built-in init goes into its
+    /// child `holdfast-init`.
+    pub cgroup: Option<String>,
+}
+
+/// Mappings of a user namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserMappings {
+    /// User ids.
+    pub uids: Vec<IdMap>,
+    /// Group ids.
+    pub gids: Vec<IdMap>,
+}
+
+/// One line of a uid_map or gid_map (user_namespaces(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdMap {
+    /// First id inside.
+    pub container_id: u32,
+    /// First id outside.
+    pub host_id: u32,
+    /// Number of ids.
+    pub length: u32,
+}
