@@ -213,10 +213,10 @@ async fn a_container_sees_its_image_and_writes_beside_it() {
     rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).unwrap();
 
     let node = node.again().await;
-    assert!(node.images.snapshot(&id).await.unwrap().upper().join("etc/new").exists());
+    assert!(node.images.snapshot(&id).unwrap().upper().join("etc/new").exists());
     node.images.remove_snapshot(&id).await.unwrap();
     node.images.remove_snapshot(&id).await.unwrap();
-    assert!(node.images.snapshot(&id).await.is_none());
+    assert!(node.images.snapshot(&id).is_none());
     assert!(!node.dir.path().join("images/snapshots").join(&id).exists());
 }
 
@@ -271,7 +271,7 @@ async fn layers_are_shared_and_go_with_the_last_that_needs_them() {
     assert!(node.images.list().is_empty());
     let node = node.again().await;
     assert_eq!(directories(&node).len(), 2);
-    let snapshot = node.images.snapshot(&id).await.unwrap();
+    let snapshot = node.images.snapshot(&id).unwrap();
     assert_eq!(snapshot.mount(false).unwrap().read("etc/one", 9).unwrap().unwrap(), b"one");
     drop(snapshot);
     node.images.remove_snapshot(&id).await.unwrap();
@@ -935,6 +935,69 @@ async fn certificates_are_verified_unless_the_operator_says_otherwise() {
     node.hosts("four.example", &by_name);
     node.refuses("four.example/a:1", "certificate").await;
     assert!(registry.log().is_empty());
+}
+
+#[tokio::test]
+async fn https_goes_through_the_proxy_that_the_environment_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cert, key) = certificate(dir.path());
+    let registry = FakeRegistry::start_tls(&cert, &key).await;
+    registry.put("a", "1", &TestImage::new(&[base()]));
+    // A proxy that connects all names to the registry.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = listener.local_addr().unwrap();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (seen, target) = (asked.clone(), registry.address);
+    let serving = tokio::spawn(async move {
+        use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+        loop {
+            let (client, _) = listener.accept().await.unwrap();
+            let seen = seen.clone();
+            tokio::spawn(async move {
+                let mut client = tokio::io::BufReader::new(client);
+                let mut head = String::new();
+                while !head.ends_with("\r\n\r\n") {
+                    assert!(client.read_line(&mut head).await.unwrap() > 0);
+                }
+                let wanted = head.starts_with("CONNECT registry.example:443 ");
+                seen.lock().unwrap().push(head);
+                if !wanted {
+                    client.write_all(b"HTTP/1.1 403 Forbidden\r\n\r\n").await.unwrap();
+                    return;
+                }
+                client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                let mut server = tokio::net::TcpStream::connect(target).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    let config = config(dir.path());
+    let store = Store::open(&dir.path().join("db")).unwrap();
+    let registries = Registries::new(config.clone())
+        .with_back_off(Duration::from_millis(1))
+        .with_proxy(&format!("http://user:secret@{proxy}"), "direct.invalid");
+    let images =
+        Images::open_with(&dir.path().join("images"), config, store, registries).await.unwrap();
+    for registry in ["registry.example", "other.example", "direct.invalid"] {
+        let hosts = dir.path().join("certs.d").join(registry);
+        std::fs::create_dir_all(&hosts).unwrap();
+        std::fs::write(
+            hosts.join("hosts.toml"),
+            format!("server = \"https://{registry}\"\nskip_verify = true\n"),
+        )
+        .unwrap();
+    }
+    images.pull("registry.example/a:1", None, None).await.unwrap();
+    let heads = std::mem::take(&mut *asked.lock().unwrap());
+    // base64 of "user:secret".
+    let auth = "proxy-authorization: basic dxnlcjpzzwnyzxq=";
+    assert!(heads.iter().all(|head| head.to_lowercase().contains(auth)), "{heads:?}");
+    let error = images.pull("other.example/a:1", None, None).await.unwrap_err();
+    assert!(chain(&error).contains("through the proxy 127.0.0.1"), "{}", chain(&error));
+    asked.lock().unwrap().clear();
+    images.pull("direct.invalid/a:1", None, None).await.unwrap_err();
+    assert!(asked.lock().unwrap().is_empty());
+    serving.abort();
 }
 
 #[tokio::test]
