@@ -40,10 +40,6 @@ use super::{
 /// Deepest nesting of directories; a bound for those who later walk the layer.
 const MAX_DEPTH: usize = 256;
 
-/// Bytes of one file after which the kernel is told to begin writing them. The kernel by itself waits
-/// until a tenth of the memory is dirty, or for half a minute, and the disk would idle.
-const WRITE_BACK: u64 = 1 << 20;
-
 /// PATH_MAX, which includes the terminating NUL.
 const MAX_PATH: usize = 4095;
 
@@ -500,40 +496,18 @@ fn copy<R: BufRead>(
     let pieces = entry.sparse.as_ref().map_or(&whole[..], |sparse| &sparse.pieces);
     for (offset, length) in pieces {
         let mut done = 0;
-        let mut started = 0;
         while archive.data(length - done, |data| -> Result<usize, Error> {
             file.write_all_at(data, offset + done)
                 .map_err(|source| Error::Write { path: show(&entry.path), source })?;
             done += data.len() as u64;
             Ok(data.len())
-        })? {
-            if done - started >= WRITE_BACK {
-                write_back(file, offset + started, done - started);
-                started = done;
-            }
-        }
+        })? {}
     }
     if let Some(sparse) = &entry.sparse {
         file.set_len(sparse.size)
             .map_err(|source| Error::Write { path: show(&entry.path), source })?;
     }
     Ok(entry.size)
-}
-
-/// Has the kernel begin to write what the sync at the end waits for. A hint: errors are the sync's
-/// to find.
-#[expect(unsafe_code, reason = "sync_file_range has no safe wrapper")]
-fn write_back(file: &std::fs::File, offset: u64, length: u64) {
-    use std::os::fd::AsRawFd;
-    // SAFETY: it reads no memory of ours, and the descriptor is open.
-    let _ = unsafe {
-        libc::sync_file_range(
-            file.as_raw_fd(),
-            offset as i64,
-            length as i64,
-            libc::SYNC_FILE_RANGE_WRITE,
-        )
-    };
 }
 
 /// The path without empty and `.` parts, or which rule it breaks.
