@@ -869,7 +869,17 @@ impl Pod {
                 container.init.ended().await
             }
         };
-        container.runtime.delete(&self.reaper, id, false).await?;
+        if let Err(error) = container.runtime.delete(&self.reaper, id, false).await {
+            // Its first process is dead, whatever the runtime thinks: crun takes a frozen cgroup
+            // for a paused container.
+            if let Some(cgroup) = container.cgroup() {
+                let _ = cgroup.freeze(false);
+            }
+            if error.reason() != Reason::NotRunning {
+                return Err(error.into());
+            }
+            container.runtime.delete(&self.reaper, id, true).await?;
+        }
         if let Some(cgroup) = container.cgroup() {
             // The runtime removes what it made; a nested cgroup of the container's own is left.
             let _ = cgroup.kill();
