@@ -201,6 +201,8 @@ pub(crate) struct Container {
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
+    /// Held while the runtime deletes it: a second `delete` at the same time meets a frozen cgroup.
+    deleting: tokio::sync::Mutex<()>,
 }
 
 impl Container {
@@ -445,6 +447,7 @@ impl Pod {
             oom_kills_before: OnceLock::new(),
             shares_pids: !own_pids,
             paused: AtomicBool::new(false),
+            deleting: tokio::sync::Mutex::new(()),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
         });
@@ -857,6 +860,9 @@ impl Pod {
             }
             return Ok(ended);
         }
+        let _turn = container.deleting.lock().await;
+        // Whoever had the turn before may have done it.
+        self.container(id)?;
         let ended = match container.init.stage() {
             Stage::Ended(ended) => ended,
             Stage::New => never(),
