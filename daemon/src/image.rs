@@ -16,6 +16,7 @@
 //! layers stay until the last root file system on them is removed.
 
 pub mod archive;
+mod connect;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
@@ -346,7 +347,7 @@ impl Images {
             if held.is_none() {
                 tracing::error!(container = %id, "root file system has lost layers");
             }
-            snapshots.restore(id, image, held.unwrap_or_default());
+            snapshots.restore(id, image, held);
         }
         Ok(Self {
             shared: Arc::new(Shared {

@@ -92,7 +92,12 @@ impl Shims {
         }
     }
 
-    fn command(&self, id: &str, bundle: &Bundle, options: Option<protobuf::MessageField<Any>>) -> Command {
+    fn command(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        options: Option<protobuf::MessageField<Any>>,
+    ) -> Command {
         Command {
             binary: self.binary.clone(),
             namespace: NAMESPACE.into(),

@@ -201,8 +201,8 @@ pub(crate) struct Container {
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
-    /// One deletion at a time: of two, the later stumbles over what the earlier has removed.
-    deletion: tokio::sync::Mutex<()>,
+    /// Held while the runtime deletes it: a second `delete` at the same time meets a frozen cgroup.
+    deleting: tokio::sync::Mutex<()>,
 }
 
 impl Container {
@@ -466,9 +466,9 @@ impl Pod {
             oom_kills_before: OnceLock::new(),
             shares_pids: !own_pids,
             paused: AtomicBool::new(false),
+            deleting: tokio::sync::Mutex::new(()),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
-            deletion: tokio::sync::Mutex::default(),
         });
         let pid = match self.launch_init(&container, &stdin, &stdout, &stderr).await {
             Ok(pid) => pid,
@@ -879,7 +879,8 @@ impl Pod {
             }
             return Ok(ended);
         }
-        let _alone = container.deletion.lock().await;
+        let _turn = container.deleting.lock().await;
+        // Whoever had the turn before may have done it.
         self.container(id)?;
         let ended = match container.init.stage() {
             Stage::Ended(ended) => ended,
@@ -893,7 +894,17 @@ impl Pod {
                 container.init.ended().await
             }
         };
-        container.runtime.delete(&self.reaper, id, false).await?;
+        if let Err(error) = container.runtime.delete(&self.reaper, id, false).await {
+            // Its first process is dead, whatever the runtime thinks: crun takes a frozen cgroup
+            // for a paused container.
+            if let Some(cgroup) = container.cgroup() {
+                let _ = cgroup.freeze(false);
+            }
+            if error.reason() != Reason::NotRunning {
+                return Err(error.into());
+            }
+            container.runtime.delete(&self.reaper, id, true).await?;
+        }
         if let Some(cgroup) = container.cgroup() {
             // The runtime removes what it made; a nested cgroup of the container's own is left.
             let _ = cgroup.kill();

@@ -282,7 +282,7 @@ impl Server {
         // A client whose machine is gone shows within some minutes.
         rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
         rustix::net::sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60))?;
-        let watch = Watch::new(Some(rustix::io::dup(&stream)?));
+        let watch = Watch::new(Some(rustix::io::fcntl_dupfd_cloexec(&stream, 3)?));
         let conn = match &self.tls {
             Some(tls) => {
                 let stream = tokio::time::timeout_at(deadline, tls.accept(stream)).await??;
@@ -292,14 +292,12 @@ impl Server {
         };
         let service = service_fn(|request: Request<Incoming>| {
             let response = self.clone().answer(request, &backend, &tracker, &stop);
-            async move { Ok::<_, Infallible>(response) }
+            async move { Ok::<_, Infallible>(one_request(response)) }
         });
         let serving = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(limit)
             .max_buf_size(MAX_HEAD)
-            // One request is what a connection is for.
-            .keep_alive(false)
             .serve_connection(TokioIo::new(conn), service)
             .with_upgrades();
         tokio::select! {
@@ -594,6 +592,15 @@ fn check(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<(), Error
     Ok(())
 }
 
+/// One request is what a connection is for. An upgrade says so by itself: its `Connection` header has
+/// to be "Upgrade", which hyper's own way to end a connection would replace.
+fn one_request(mut response: Response<Full<Bytes>>) -> Response<Full<Bytes>> {
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
 /// `/exec/TOKEN` in its two parts; both empty when the path is no such thing.
 fn token(path: &str) -> (&str, &str) {
     path.strip_prefix('/').and_then(|path| path.split_once('/')).unwrap_or_default()
@@ -634,6 +641,9 @@ fn text(status: StatusCode, reason: impl Into<String>) -> Response<Full<Bytes>> 
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, plain);
+    // One request is what a connection is for. (hyper's own setting for that would also replace the
+    // `Connection: Upgrade` of those that succeed.)
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
 

@@ -5,13 +5,7 @@
 //! [`tear_down`], which may be repeated; the undo of a failed start, a removal and the clean-up
 //! after a crash all are it.
 
-use std::{
-    fs, io,
-    net::IpAddr,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io, net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use holdfast_protos::shim::protobuf::well_known_types::any::Any;
 use holdfast_shim::{
@@ -23,8 +17,9 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use tracing::warn;
 
 use super::{
-    Error, Pod, Services, container,
+    Error, Pod, Services,
     config::{IdMapping, PidMode, PodConfig},
+    container,
     task::Effect,
 };
 use crate::{
@@ -77,7 +72,10 @@ async fn undo(services: &Arc<Services>, record: &PodRecord) {
 }
 
 /// Takes away a pod that a crash left half made.
-pub(super) async fn discard(services: Arc<Services>, record: Arc<PodRecord>) -> Result<Effect, Error> {
+pub(super) async fn discard(
+    services: Arc<Services>,
+    record: Arc<PodRecord>,
+) -> Result<Effect, Error> {
     take_away(&services, &record).await?;
     Ok(Effect::Gone)
 }
@@ -172,7 +170,8 @@ fn hostname(config: &PodConfig) -> String {
 /// /etc/hosts of a pod with a network of its own: itself, and nothing of the node's. The kubelet
 /// mounts one of its own over it.
 fn hosts(name: &str, ips: &[IpAddr]) -> String {
-    let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    let mut text =
+        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
     for ip in ips {
         text.push_str(&format!("{ip}\t{name}\n"));
     }
@@ -196,7 +195,9 @@ fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
     let hosts = if host_network { node_file("/etc/hosts") } else { String::new() };
     write(&bundle.hosts(), &hosts)?;
     let resolv = match &config.dns {
-        Some(dns) if !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()) => {
+        Some(dns)
+            if !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()) =>
+        {
             let mut text = String::new();
             if !dns.searches.is_empty() {
                 text.push_str(&format!("search {}\n", dns.searches.join(" ")));
@@ -227,9 +228,8 @@ fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
         rustix::mount::mount("shm", &shm, "tmpfs", flags, options.as_c_str())
             .map_err(|e| io_at("mount", &shm)(e.into()))?;
         if let Some(user) = &config.namespaces.user {
-            let root = |ids: &[IdMapping]| {
-                ids.iter().find(|m| m.container_id == 0).map(|m| m.host_id)
-            };
+            let root =
+                |ids: &[IdMapping]| ids.iter().find(|m| m.container_id == 0).map(|m| m.host_id);
             std::os::unix::fs::chown(&shm, root(&user.uids), root(&user.gids))
                 .map_err(io_at("give to the pod's root", &shm))?;
         }
@@ -253,9 +253,10 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
         None => Some(pod.client().await?),
     };
     if client.is_some() {
-        let stops = view.containers.keys().map(|id| {
-            container::stop(pod.clone(), id.clone(), Duration::ZERO)
-        });
+        let stops = view
+            .containers
+            .keys()
+            .map(|id| container::stop(pod.clone(), id.clone(), Duration::ZERO));
         for stopped in futures::future::join_all(stops).await {
             match stopped {
                 Ok(()) | Err(Error::NoContainer(_)) => {}
