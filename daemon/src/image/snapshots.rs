@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     io::{self, Read},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
@@ -258,6 +258,32 @@ impl Mounted {
             ));
         }
         Ok(Some(content))
+    }
+
+    /// A directory of the image by its path, made if it is missing: the path from the root, without
+    /// dots. `None` if a link or a file is on the way, which the path alone would not lead past.
+    pub fn directory(&self, path: &str) -> io::Result<Option<PathBuf>> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut at = self.fd.try_clone()?;
+        let mut clean = PathBuf::new();
+        for part in Path::new(path.trim_start_matches('/')).components() {
+            let Component::Normal(name) = part else { return Ok(None) };
+            let open = || rustix::fs::openat(&at, name, flags, Mode::empty());
+            let next = match open() {
+                Err(Errno::NOENT) => {
+                    rustix::fs::mkdirat(&at, name, Mode::from_raw_mode(0o755))?;
+                    open()
+                }
+                other => other,
+            };
+            at = match next {
+                Ok(next) => next,
+                Err(Errno::LOOP | Errno::NOTDIR) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            clean.push(name);
+        }
+        Ok((!clean.as_os_str().is_empty()).then_some(clean))
     }
 
     /// Attaches the mount at `target`, an existing directory.

@@ -26,7 +26,7 @@ use crate::{
     id::ContainerId,
     image::Image,
     shims::private_dir,
-    spec::{self, NamespacePaths, PidNamespace, PodFiles},
+    spec::{self, BoundVolume, NamespacePaths, PidNamespace, PodFiles},
     store::pods::ContainerRecord,
 };
 
@@ -204,6 +204,16 @@ fn prepare(
         resolv_conf: Some(pod_bundle.resolv_conf()),
         shm: (!pod.config.namespaces.host_ipc).then(|| pod_bundle.shm()),
     };
+    // A volume is a part of the writable layer that is bound onto itself: it stays writable when the
+    // root is not, has the image's content, and goes with the container.
+    let mut volumes = Vec::new();
+    for target in &image.defaults.volumes {
+        let found = mounted.directory(target);
+        if let Some(path) = found.map_err(io_at("make the image's volume", Path::new(target)))? {
+            volumes
+                .push(BoundVolume { source: bundle.rootfs().join(path), target: target.clone() });
+        }
+    }
     let features = services.features.of(&pod.runtime);
     let input = spec::Input {
         pod: pod_ref,
@@ -217,7 +227,7 @@ fn prepare(
         node: &services.node,
         cgroup_driver: driver,
         features: &features,
-        image_volumes: &[],
+        image_volumes: &volumes,
         pids_limit: services.config.runtime.pids_limit,
         host: &facts,
         seccomp_localhost: localhost.as_deref(),
