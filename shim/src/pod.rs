@@ -27,7 +27,7 @@ use crate::{
     cgroup::Cgroup,
     mounts, namespaces,
     options::PodOptions,
-    process::{Owned, Reaper, lock},
+    process::{Owned, Reaper, lock, report},
     publish::Events,
     runtime::{self, Checkpoint, Place, Reason, Runtime},
     server::timestamp,
@@ -553,7 +553,7 @@ impl Pod {
     ) -> Called<Arc<Owned>> {
         let pid = read_pid(pid_file)?;
         let owned = self.reaper.own(pid).map_err(io_error(format!("open process {pid}")))?;
-        if let Ok(cgroup) = Cgroup::from_pid(pid) {
+        if let Ok(cgroup) = Cgroup::of_container(pid) {
             let _ = container.oom_kills_before.set(cgroup.oom_kills().unwrap_or_default());
             let _ = container.cgroup.set(cgroup);
         }
@@ -660,7 +660,14 @@ impl Pod {
         }
         let adopted = self.adopt(container, &mut io, &pid_file).await;
         drop(launch);
-        let owned = adopted?;
+        let owned = match adopted {
+            Ok(owned) => owned,
+            Err(error) => {
+                io.close();
+                self.delete_by_force(container).await;
+                return Err(error);
+            }
+        };
         let pid = owned.pid();
         *lock(&container.init.io) = Some(io);
         self.watch_init(container.clone(), owned);
@@ -686,7 +693,7 @@ impl Pod {
         at: SystemTime,
     ) {
         let exit = exit.unwrap_or_else(|error| {
-            crate::report!("container {}: its exit code is lost: {error}", container.id);
+            report!("container {}: its exit code is lost: {error}", container.id);
             Exit::Code(255)
         });
         // The counter goes with the cgroup.
@@ -697,7 +704,7 @@ impl Pod {
             && let Some(cgroup) = container.cgroup()
             && let Err(error) = cgroup.kill()
         {
-            crate::report!("container {}: kill what is left: {error}", container.id);
+            report!("container {}: kill what is left: {error}", container.id);
         }
         let _order = container.init.order.lock().await;
         *lock(&container.init.owned) = None;
@@ -714,7 +721,7 @@ impl Pod {
 
         let record = ExitRecord { pid, status: exit, at, oom_killed };
         if let Err(error) = record.store(container.bundle.exit_record()) {
-            crate::report!("container {}: write its exit record: {error}", container.id);
+            report!("container {}: write its exit record: {error}", container.id);
         }
         if kills > before {
             let mut told = event::TaskOOM::new();
@@ -823,7 +830,7 @@ impl Pod {
             let exit = owned.wait().await;
             let at = SystemTime::now();
             let exit = exit.unwrap_or_else(|error| {
-                crate::report!("exec {exec} of {container}: its exit code is lost: {error}");
+                report!("exec {exec} of {container}: its exit code is lost: {error}");
                 Exit::Code(255)
             });
             let _order = process.order.lock().await;
@@ -1125,7 +1132,7 @@ impl Pod {
             if !matches!(container.init.stage(), Stage::Ended(_)) {
                 let killed = self.kill(&container.id, "", libc::SIGKILL as u32, true).await;
                 if let Err(error) = killed {
-                    crate::report!("container {}: {error}", container.id);
+                    report!("container {}: {error}", container.id);
                 }
             }
         }
@@ -1190,6 +1197,18 @@ impl Pod {
             .any(|c| matches!(c.init.stage(), Stage::Created { .. } | Stage::Running { .. }));
         let creating = lock(&self.containers).values().any(|slot| matches!(slot, Slot::Taken));
         !alive && !creating && !self.bundle.dir().exists()
+    }
+
+    /// What there is, for the shim's log.
+    pub(crate) fn describe(&self) -> String {
+        let mut text = format!("pod in {}", self.bundle.dir().display());
+        for container in self.all() {
+            text.push_str(&format!("; container {} {:?}", container.id, container.init.stage()));
+            for (name, process) in &*lock(&container.execs) {
+                text.push_str(&format!("; exec {name} {:?}", process.stage()));
+            }
+        }
+        text
     }
 
     /// Connect: the pid of a container, 0 when there is none.
