@@ -8,7 +8,7 @@
 //! container's exit only after those of its execs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
     sync::{
@@ -937,15 +937,14 @@ impl Pod {
                 return Err(Error::Precondition(format!("{name} is not started")));
             }
             let pid = process.stage().pid();
-            let session = container.cgroup().filter(|_| signal == libc::SIGKILL);
-            // Before: once it is dead, those that left its session are no longer its descendants.
-            if let Some(cgroup) = session {
-                kill_session(cgroup, pid);
-            }
+            let cgroup = container.cgroup().filter(|_| signal == libc::SIGKILL);
+            // Looked for before its leader dies, for then those that left its session are nobody's
+            // descendants any more; killed after it, so that it does not see its children die and
+            // go on.
+            let doomed = cgroup.map(|cgroup| session(cgroup, &[pid].into()));
             let sent = process.signal(&name, signal);
-            // After: what it forked meanwhile.
-            if let Some(cgroup) = session {
-                kill_session(cgroup, pid);
+            if let (Some(cgroup), Some(doomed)) = (cgroup, doomed) {
+                kill_session(cgroup, pid, doomed);
             }
             return sent;
         }
@@ -1257,41 +1256,51 @@ fn read_pid(path: &Path) -> Called<u32> {
     })
 }
 
-/// Kills what an exec has started: the processes of the container that are in its session, or
-/// descend from it. A few rounds, for they may fork meanwhile.
-#[expect(unsafe_code, reason = "kill(2)")]
-fn kill_session(cgroup: &Cgroup, leader: u32) {
-    for _ in 0..4 {
-        let table: BTreeMap<u32, (u32, u32)> = cgroup
-            .pids()
-            .unwrap_or_default()
-            .into_iter()
-            .filter_map(|pid| {
-                let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-                parse_stat(&stat).map(|(parent, session)| (pid, (parent, session)))
-            })
-            .collect();
-        let mut killed = 0;
-        for (&pid, &(parent, session)) in &table {
-            let mut ancestor = parent;
-            let mut descends = session == leader;
-            // As many steps as there are processes, so that a changing table cannot loop.
-            for _ in 0..table.len() {
-                descends |= ancestor == leader;
-                match table.get(&ancestor) {
-                    Some((next, _)) if !descends => ancestor = *next,
-                    _ => break,
-                }
+/// The processes of a container that are in the session of one of `leaders`, or descend from one.
+fn session(cgroup: &Cgroup, leaders: &BTreeSet<u32>) -> BTreeSet<u32> {
+    let table: BTreeMap<u32, (u32, u32)> = cgroup
+        .pids()
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|pid| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            parse_stat(&stat).map(|(parent, session)| (pid, (parent, session)))
+        })
+        .collect();
+    let belongs = |pid: &u32| {
+        let (mut ancestor, session) = table[pid];
+        if leaders.contains(pid) || leaders.contains(&session) {
+            return true;
+        }
+        // As many steps as there are processes, so that a changing table cannot loop.
+        for _ in 0..table.len() {
+            if leaders.contains(&ancestor) {
+                return true;
             }
-            if descends && pid != leader {
-                // SAFETY: no memory is involved. The pid was in the container's cgroup just now.
-                unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
-                killed += 1;
+            match table.get(&ancestor) {
+                Some((parent, _)) => ancestor = *parent,
+                None => return false,
             }
         }
-        if killed == 0 {
+        false
+    };
+    table.keys().copied().filter(belongs).collect()
+}
+
+/// Kills what an exec has started: a few rounds, for it may fork meanwhile.
+#[expect(unsafe_code, reason = "kill(2)")]
+fn kill_session(cgroup: &Cgroup, leader: u32, mut doomed: BTreeSet<u32>) {
+    doomed.insert(leader);
+    for _ in 0..4 {
+        let left = session(cgroup, &doomed);
+        if left.is_empty() {
             return;
         }
+        for pid in &left {
+            // SAFETY: no memory is involved. The pid was in the container's cgroup just now.
+            unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
+        }
+        doomed.extend(left);
     }
 }
 
