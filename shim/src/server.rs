@@ -202,6 +202,13 @@ fn runtime(options: Option<&Any>, namespace_default: &Runtime) -> Result<Runtime
     Ok(runtime)
 }
 
+/// The cgroup that the options want the shim in.
+pub(crate) fn shim_cgroup(input: &crate::bootstrap::Input) -> Option<String> {
+    let any = input.options().find(|any| any.type_url.ends_with("containerd.runc.v1.Options"))?;
+    let options = oci::Options::parse_from_bytes(&any.value).ok()?;
+    Some(options.shim_cgroup).filter(|cgroup| !cgroup.is_empty())
+}
+
 /// [`runtime`] for `-info`.
 pub(crate) fn runtime_of(options: &Any, default: &Runtime) -> Result<Runtime, String> {
     runtime(Some(options), default).map_err(|error| error.to_string())
