@@ -213,10 +213,10 @@ async fn a_container_sees_its_image_and_writes_beside_it() {
     rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).unwrap();
 
     let node = node.again().await;
-    assert!(node.images.snapshot(&id).await.unwrap().upper().join("etc/new").exists());
+    assert!(node.images.snapshot(&id).unwrap().upper().join("etc/new").exists());
     node.images.remove_snapshot(&id).await.unwrap();
     node.images.remove_snapshot(&id).await.unwrap();
-    assert!(node.images.snapshot(&id).await.is_none());
+    assert!(node.images.snapshot(&id).is_none());
     assert!(!node.dir.path().join("images/snapshots").join(&id).exists());
 }
 
@@ -271,7 +271,7 @@ async fn layers_are_shared_and_go_with_the_last_that_needs_them() {
     assert!(node.images.list().is_empty());
     let node = node.again().await;
     assert_eq!(directories(&node).len(), 2);
-    let snapshot = node.images.snapshot(&id).await.unwrap();
+    let snapshot = node.images.snapshot(&id).unwrap();
     assert_eq!(snapshot.mount(false).unwrap().read("etc/one", 9).unwrap().unwrap(), b"one");
     drop(snapshot);
     node.images.remove_snapshot(&id).await.unwrap();
