@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use holdfast_integration::{Image, Node, Pod, PodBuilder, tar::Entry};
+use holdfast_integration::{Image, Node, Pod, pod::PodBuilder, tar::Entry};
 use holdfast_protos::cri;
 use tonic::Code;
 
@@ -148,7 +148,7 @@ async fn a_part_of_an_image_is_mounted(runtime: &str) -> Result<()> {
         .await?;
     let status = text.wait().await?;
     ensure!(status.exit_code != 0, "{status:?}");
-    let log: String = text.log()?.iter().map(|l| String::from_utf8_lossy(&l.content).into_owned()).collect();
+    let log: String = text.log()?.iter().map(|l| l.text.clone()).collect();
     ensure!(log.starts_with("newbelowbelow") && log.contains("Read-only"), "{log}");
     for (path, words) in [
         ("missing", "missing"),
@@ -290,7 +290,7 @@ async fn volumes_of_the_image_have_its_content_and_go_with_the_container(runtime
     let container = pod.container(&image).sh(script).start().await?;
     container.wait_for_log("seed").await?;
     let lines: Vec<String> =
-        container.log()?.iter().map(|l| String::from_utf8_lossy(&l.content).into_owned()).collect();
+        container.log()?.iter().map(|l| l.text.clone()).collect();
     assert_eq!(
         lines.join(" ").replace('\n', ""),
         "1000:1000:2750 1000:1000:640 0:0:1777 0:0:755 2 seed seed"
