@@ -292,14 +292,12 @@ impl Server {
         };
         let service = service_fn(|request: Request<Incoming>| {
             let response = self.clone().answer(request, &backend, &tracker, &stop);
-            async move { Ok::<_, Infallible>(response) }
+            async move { Ok::<_, Infallible>(one_request(response)) }
         });
         let serving = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(limit)
             .max_buf_size(MAX_HEAD)
-            // One request is what a connection is for.
-            .keep_alive(false)
             .serve_connection(TokioIo::new(conn), service)
             .with_upgrades();
         tokio::select! {
@@ -592,6 +590,15 @@ fn check(tty: bool, stdin: bool, stdout: bool, stderr: bool) -> Result<(), Error
         return Err(Error::Invalid("at least one of stdin, stdout and stderr must be asked for"));
     }
     Ok(())
+}
+
+/// One request is what a connection is for. An upgrade says so by itself: its `Connection` header has
+/// to be "Upgrade", which hyper's own way to end a connection would replace.
+fn one_request(mut response: Response<Full<Bytes>>) -> Response<Full<Bytes>> {
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }
 
 /// `/exec/TOKEN` in its two parts; both empty when the path is no such thing.
