@@ -42,7 +42,7 @@ use crate::{
     image::Images,
     network::Network,
     pod::{Pods, Services},
-    shims::{Shims, private_dir},
+    shims::{Shims, passable_dir},
     store::Store,
 };
 
@@ -85,8 +85,9 @@ fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
 
 /// Runs the daemon until `shutdown` is ready. Pods and containers outlive it.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    private_dir(&config.root).map_err(at("make", &config.root))?;
-    private_dir(&config.state).map_err(at("make", &config.state))?;
+    // What must not be seen in them is closed itself.
+    passable_dir(&config.root).map_err(at("make", &config.root))?;
+    passable_dir(&config.state).map_err(at("make", &config.state))?;
     let _lock = lock(&config.state)?;
 
     let store = Store::open(&config.root.join("holdfast.db"))?;

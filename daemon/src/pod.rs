@@ -17,6 +17,7 @@ mod recover;
 mod run;
 pub mod state;
 mod task;
+mod volumes;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -97,6 +98,14 @@ pub enum Error {
     Shim { what: &'static str, id: PodId, source: client::Error },
     #[error("{what} container {id}")]
     Task { what: &'static str, id: ContainerId, source: client::Error },
+    #[error("mounts[{index}].image_sub_path: {path:?} of image {image:?}")]
+    SubPath { index: usize, path: String, image: String, source: io::Error },
+    #[error("volume {path:?} that the image declares")]
+    Volume { path: String, source: io::Error },
+    #[error(
+        "pod {id}: user namespaces need Linux 5.19 for id-mapped layers, this node has {major}.{minor}"
+    )]
+    NoMappedLayers { id: PodId, major: u32, minor: u32 },
     #[error("network of pod {id}")]
     Network { id: PodId, source: network::Error },
     #[error("image of container {name:?}")]
@@ -130,10 +139,27 @@ impl Kinded for Error {
             Error::Image { source, .. } => source.kind(),
             Error::Spec { source, .. } => source.kind(),
             Error::Host { source, .. } => source.kind(),
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            Error::NoMappedLayers { .. } => Kind::Precondition,
+            Error::SubPath { source, .. } | Error::Volume { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::InvalidInput
+                        | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                Kind::Invalid
+            }
+            Error::SubPath { source, .. }
+            | Error::Volume { source, .. }
+            | Error::Io { source, .. }
+                if source.kind() == io::ErrorKind::StorageFull =>
+            {
                 Kind::Exhausted
             }
-            Error::Io { .. } | Error::Panicked => Kind::Internal,
+            Error::SubPath { .. } | Error::Volume { .. } | Error::Io { .. } | Error::Panicked => {
+                Kind::Internal
+            }
             Error::Store(source) => source.kind(),
         }
     }

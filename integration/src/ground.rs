@@ -136,7 +136,12 @@ pub fn sweep_abandoned() {
     for entry in fs::read_dir("/tmp").into_iter().flatten().flatten() {
         let path = entry.path();
         let Some(id) = path.to_str().and_then(|path| path.strip_prefix(PREFIX)) else { continue };
-        if let Ok(Some(_lock)) = lock(&path.join("lock")) {
+        let Ok(file) = File::options().write(true).open(path.join("lock")) else {
+            // Somebody is removing it just now. If that one was killed at its last step, it is empty.
+            let _ = fs::remove_dir(&path);
+            continue;
+        };
+        if let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             eprintln!("removing {}, which a killed test has left", path.display());
             sweep(&path, id);
         }
@@ -175,11 +180,21 @@ fn sweep(path: &Path, id: &str) {
         let _ = Command::new("ip").args(["link", "delete", &bridge]).status();
     }
     remove_nat_rules(&format!("hft-{id}"));
-    if let Err(error) = fs::remove_dir_all(path)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        eprintln!("{} cannot be removed: {error}", path.display());
+    // The lock last: what has none looks abandoned.
+    for name in names_in(path).iter().filter(|name| *name != "lock") {
+        let entry = path.join(name);
+        let removed =
+            if is_dir(&entry) { fs::remove_dir_all(&entry) } else { fs::remove_file(&entry) };
+        if let Err(error) = removed {
+            eprintln!("{} cannot be removed: {error}", entry.display());
+        }
     }
+    let _ = fs::remove_file(path.join("lock"));
+    let _ = fs::remove_dir(path);
+}
+
+fn is_dir(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir())
 }
 
 /// Removes what the bridge and portmap plugins wrote for a network. They name it in comments; the

@@ -265,8 +265,6 @@ impl Node {
     pub async fn load(&mut self, name: &str, image: &Image) -> Result<String> {
         let reference = self.registry().await?.push(name, image).await?;
         self.pull(&reference).await?;
-        // What the image store keeps from now on is no leak.
-        self.baseline = self.inventory();
         Ok(reference)
     }
 
@@ -417,7 +415,7 @@ impl Node {
     /// It cannot be run, or ends with another code than 0; the error has its output.
     pub fn cli(&self, args: &[&str]) -> Result<String> {
         let output = Command::new(&self.binaries.cli)
-            .env("CONTAINER_RUNTIME_ENDPOINT", format!("unix://{}", self.cri.socket().display()))
+            .env("HOLDFAST_ADDRESS", self.cri.socket())
             .args(args)
             .output()
             .context("run holdfast")?;
@@ -468,13 +466,16 @@ impl Node {
         Ok(())
     }
 
-    /// The end of a test: every pod is removed and nothing of them may be left; the daemon is ended
-    /// and nothing of the node may be left.
+    /// The end of a test: every pod and every image is removed and nothing of them may be left; the
+    /// daemon is ended and nothing of the node may be left.
     ///
     /// # Errors
     /// What is left, or what could not be removed.
     pub async fn finish(mut self) -> Result<()> {
         self.remove_all().await.with_context(|| self.daemon_log(60))?;
+        for image in self.images().await? {
+            self.remove_image(&image.id).await?;
+        }
         self.nothing_left_since(&self.baseline).await?;
         self.terminate()?;
         let left = self.inventory().only(&["mount", "cgroup", "process", "link", "address"]);
@@ -579,7 +580,7 @@ fn write_config(
          [network]\nconf_dir = {conf:?}\nbin_dirs = [{bin:?}, \"/opt/cni/bin\", \"/usr/lib/cni\"]\n{network}\n\
          [images]\nhosts_dir = {hosts:?}\n{images}\n\
          [nri]\nsocket = {nri:?}\nplugin_dir = {plugins:?}\nconf_dir = {plugin_conf:?}\n\n\
-         [log]\nlevel = \"debug,h2=info,hyper=info,tower=info,tonic=info\"\n\n\
+         [log]\nlevel = \"info,holdfast_daemon=debug,holdfast_shim=debug\"\n\n\
          [runtime]\ndefault = {default:?}\nshim = {shim:?}\ncgroup_driver = \"cgroupfs\"\n{more}",
         root = at("root"),
         state = at("state"),

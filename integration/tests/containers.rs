@@ -44,8 +44,11 @@ async fn a_container_goes_through_its_states() -> Result<()> {
     let status = container.status().await?;
     assert_eq!(status.state(), cri::ContainerState::ContainerRunning);
     ensure!(status.started_at >= status.created_at && status.finished_at == 0, "{status:?}");
-    let error = container.start().await.unwrap_err();
-    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    // Again: done already, or refused; in no case a second process.
+    if let Err(error) = container.start().await {
+        assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    }
+    assert_eq!(container.status().await?.started_at, status.started_at);
     container.stop(0).await?;
     let status = container.status().await?;
     assert_eq!(status.state(), cri::ContainerState::ContainerExited);

@@ -42,7 +42,7 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
             name: name.to_owned(),
             features: Some(cri::RuntimeHandlerFeatures {
                 recursive_read_only_mounts: features.recursive_read_only(&services.node),
-                user_namespaces: features.idmap,
+                user_namespaces: features.user_namespaces(&services.node),
             }),
         }
     };
@@ -67,7 +67,7 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
         features: Some(cri::RuntimeFeatures {
             supplemental_groups_policy: true,
             user_namespaces_host_network: false,
-            mount_options: false,
+            mount_options: true,
         }),
     }
 }

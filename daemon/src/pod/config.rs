@@ -224,6 +224,8 @@ pub struct Mount {
     pub gid_mappings: Vec<IdMapping>,
     /// An image to mount instead of a host path.
     pub image: Option<String>,
+    /// Id of that image, once it is found: what PullImage answers for it.
+    pub image_ref: String,
     /// Path in that image.
     pub image_sub_path: String,
     /// Further mount options.

@@ -20,11 +20,12 @@ use super::{
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
+    volumes,
 };
 use crate::{
     error::chain,
     id::ContainerId,
-    image::Image,
+    image::{Image, Owners},
     shims::private_dir,
     spec::{self, NamespacePaths, PidNamespace, PodFiles},
     store::pods::ContainerRecord,
@@ -49,11 +50,12 @@ pub(super) async fn create(
     services: Arc<Services>,
     pod: Pod,
     id: ContainerId,
-    config: ContainerConfig,
+    mut config: ContainerConfig,
 ) -> Result<Effect, Error> {
     let view = pod.view();
     let image = services.images.find(&config.image);
     let image = image.ok_or_else(|| Error::NoImage(config.image.clone()))?;
+    let volumes = volumes::find(&services, &mut config)?;
     let stop_signal = spec::args::stop_signal(&config, &image.defaults);
     let log = match config.log_path.as_os_str().is_empty() {
         true => PathBuf::new(),
@@ -74,7 +76,7 @@ pub(super) async fn create(
     };
     services.store.put_container(&record).await?;
     let client = pod.client().await?;
-    let made = make(&services, &view, &client, &mut record, &image).await;
+    let made = make(&services, &view, &client, &mut record, &image, &volumes).await;
     // The pod may have been stopped while the runtime was at work.
     let made = match made {
         Ok(_) if pod.view().record.state != super::state::PodState::Ready => {
@@ -110,11 +112,13 @@ async fn make(
     client: &Client,
     record: &mut ContainerRecord,
     image: &Image,
+    volumes: &[volumes::Asked],
 ) -> Result<u32, Error> {
     let name = record.config.name.clone();
     let runtime = view.record.runtime.clone();
     let image_error = |source| Error::Image { name: name.clone(), source };
     let snapshot = services.images.create_snapshot(&record.id, image).await.map_err(image_error)?;
+    let held = volumes::hold(services, &record.id, volumes).await.map_err(image_error)?;
 
     let bundle = services.shims.container_bundle(&record.id);
     let namespaces = namespaces(services, view, record)?;
@@ -123,7 +127,7 @@ async fn make(
     let at = bundle.clone();
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
     let user = tokio::task::spawn_blocking(move || {
-        prepare(&shared, &view, draft, &image, &snapshot, &namespaces, &at)
+        prepare(&shared, &view, draft, &image, &snapshot, &held, &namespaces, &at)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
@@ -157,6 +161,7 @@ async fn make(
     })
 }
 
+#[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
 /// Root file system, account, OCI spec: all that the runtime is given.
 fn prepare(
     services: &Services,
@@ -164,13 +169,27 @@ fn prepare(
     record: ContainerRecord,
     image: &Image,
     snapshot: &crate::image::Snapshot,
+    held: &[volumes::Held],
     namespaces: &NamespacePaths,
     bundle: &Bundle,
 ) -> Result<User, Error> {
     let name = &record.config.name;
     let image_error = |source| Error::Image { name: name.clone(), source };
     let spec_error = |source| Error::Spec { name: name.clone(), source };
-    let mounted = snapshot.mount(false).map_err(image_error)?;
+    let driver = services.config.runtime.cgroup_driver;
+    let pod_ref = PodRef { id: &pod.id, config: &pod.config };
+    // Before anything is made on the node for it.
+    spec::check(&pod_ref, &record.config, driver).map_err(spec_error)?;
+    let user_namespace = pod.config.namespaces.user.as_ref();
+    let owners = match (user_namespace, &namespaces.user) {
+        (Some(user), Some(path)) => {
+            let owners = Owners::open(path, &user.uids, &user.gids);
+            Some(owners.map_err(io_at("open the pod's user namespace", path))?)
+        }
+        _ => None,
+    };
+    let owners = owners.as_ref();
+    let mounted = snapshot.mount_for(false, owners).map_err(image_error)?;
     let account = |path: &str| {
         let read = mounted.read(path, ACCOUNTS_LIMIT);
         read.map(Option::unwrap_or_default).map_err(io_at("read the image's", Path::new(path)))
@@ -190,13 +209,22 @@ fn prepare(
         }
         _ => None,
     };
-    let driver = services.config.runtime.cgroup_driver;
-    let pod_ref = PodRef { id: &pod.id, config: &pod.config };
-    // Before anything is made on the node for it.
-    spec::check(&pod_ref, &record.config, driver).map_err(spec_error)?;
-    let facts = crate::node::gather(&record.config)
+    let mut facts = crate::node::gather(&record.config)
         .map_err(|source| Error::Host { name: name.clone(), source })?;
     let made_dirs = MadeDirs(facts.created.clone());
+    volumes::owned_dir(bundle.dir(), user_namespace)?;
+    for (index, source) in volumes::mount(bundle, &record.config, held, owners)? {
+        facts.mounts[index].source = Some(source);
+    }
+    let user_pair = user_namespace.zip(owners);
+    let image_volumes = volumes::declared(
+        services,
+        &record.id,
+        &image.defaults,
+        &record.config,
+        &mounted,
+        user_pair,
+    )?;
     let pod_bundle = services.shims.pod_bundle(&pod.id);
     let files = PodFiles {
         hostname: Some(pod_bundle.hostname()),
@@ -217,14 +245,13 @@ fn prepare(
         node: &services.node,
         cgroup_driver: driver,
         features: &features,
-        image_volumes: &[],
+        image_volumes: &image_volumes,
         pids_limit: services.config.runtime.pids_limit,
         host: &facts,
         seccomp_localhost: localhost.as_deref(),
     };
     let spec = spec::generate(&input).map_err(spec_error)?;
 
-    private_dir(bundle.dir()).map_err(io_at("make", bundle.dir()))?;
     let rootfs = bundle.rootfs();
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
     let json = serde_json::to_vec(&spec).expect("a spec serialises");
@@ -416,8 +443,12 @@ pub(super) async fn free(
             Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
         }
     }
-    let rootfs = services.shims.container_bundle(id).rootfs();
-    tokio::task::spawn_blocking(move || unmount(&rootfs)).await.unwrap_or(Err(Error::Panicked))
+    let bundle = services.shims.container_bundle(id);
+    let unmounted = tokio::task::spawn_blocking(move || {
+        unmount(&bundle.rootfs())?;
+        volumes::unmount_images(&bundle)
+    });
+    unmounted.await.unwrap_or(Err(Error::Panicked))
 }
 
 /// Removes a container, killing it first if it runs.
@@ -453,6 +484,7 @@ pub(super) async fn take_away(
     free(services, client, id).await?;
     let image = services.images.remove_snapshot(id).await;
     image.map_err(|source| Error::Image { name: record.config.name.clone(), source })?;
+    volumes::remove(services, id).await?;
     remove_dir(services.shims.container_bundle(id).dir()).await
 }
 
