@@ -39,8 +39,10 @@ impl Inventory {
             let mut paths = Vec::new();
             list(&top, depth, &mut paths);
             for path in paths {
-                if !is_database(&path) {
-                    let kind = kind(&path);
+                let kind = kind(&path);
+                // Folders that are made when they are first needed stay, and hold nothing.
+                let is_folder = kind == "directory" && !is_an_objects(&path);
+                if !is_folder && !is_database(&path) {
                     found.insert(format!("{kind} {}", path.display()));
                 }
             }
@@ -111,6 +113,13 @@ fn is_database(path: &Path) -> bool {
         let name = name.to_string_lossy();
         name.contains(".db") || name.contains(".sqlite")
     })
+}
+
+/// Whether a name is that of one object: a number, or made from an id or a digest.
+fn is_an_objects(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.split(|letter: char| !letter.is_ascii_hexdigit()).any(|part| part.len() >= 12)
+        || name.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 fn kind(path: &Path) -> &'static str {

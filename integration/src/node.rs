@@ -417,7 +417,7 @@ impl Node {
     /// It cannot be run, or ends with another code than 0; the error has its output.
     pub fn cli(&self, args: &[&str]) -> Result<String> {
         let output = Command::new(&self.binaries.cli)
-            .env("CONTAINER_RUNTIME_ENDPOINT", format!("unix://{}", self.cri.socket().display()))
+            .env("HOLDFAST_ADDRESS", self.cri.socket())
             .args(args)
             .output()
             .context("run holdfast")?;
@@ -579,7 +579,7 @@ fn write_config(
          [network]\nconf_dir = {conf:?}\nbin_dirs = [{bin:?}, \"/opt/cni/bin\", \"/usr/lib/cni\"]\n{network}\n\
          [images]\nhosts_dir = {hosts:?}\n{images}\n\
          [nri]\nsocket = {nri:?}\nplugin_dir = {plugins:?}\nconf_dir = {plugin_conf:?}\n\n\
-         [log]\nlevel = \"debug,h2=info,hyper=info,tower=info,tonic=info\"\n\n\
+         [log]\nlevel = \"info,holdfast_daemon=debug,holdfast_shim=debug\"\n\n\
          [runtime]\ndefault = {default:?}\nshim = {shim:?}\ncgroup_driver = \"cgroupfs\"\n{more}",
         root = at("root"),
         state = at("state"),

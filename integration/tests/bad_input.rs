@@ -440,10 +440,10 @@ async fn broken_layers_are_refused() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_layer_that_unpacks_to_more_than_the_limit_is_refused() -> Result<()> {
-    let mut node = Node::builder().images_config("max_layer_size = 10000000").start().await?;
+    let mut node = Node::builder().images_config("max_layer_size = \"10MiB\"").start().await?;
     // Zeros: 40 MB that travel as 40 kB.
     let bomb = base().layer([Entry::file("bomb", 0o644, vec![0; 40_000_000])]).build()?;
-    refused(&mut node, "hostile/bomb:1", &bomb, &["10000000"]).await?;
+    refused(&mut node, "hostile/bomb:1", &bomb, &["limit"]).await?;
     node.finish().await
 }
 
