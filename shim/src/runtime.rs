@@ -86,6 +86,8 @@ pub(crate) enum Reason {
     WorkingDirectory,
     /// The container is frozen.
     Paused,
+    /// A limit that the kernel does not take: a CPU that is not there, less memory than is in use.
+    Limit,
     /// The verb or a flag is unknown to it, or the kernel lacks what it needs.
     Unsupported,
     /// Anything else.
@@ -509,11 +511,13 @@ fn reason(message: &str) -> Reason {
         Reason::ExecutableNotFound
     } else if has("chdir") || has("cwd") {
         Reason::WorkingDirectory
-    } else if has("exec") && has("permission denied") {
+    } else if has("exec") && (has("permission denied") || has("operation not permitted")) {
         Reason::ExecutableRefused
     } else if (has("container") && has("does not exist"))
         || has("no such container")
         || (has("status") && has("no such file or directory"))
+        // crun looks into a directory that another delete has just removed.
+        || (has("cannot open directory") && has("no such file or directory"))
     {
         Reason::NoSuchContainer
     } else if has("already exists") || has("id already in use") || has("container with given id") {
@@ -527,6 +531,10 @@ fn reason(message: &str) -> Reason {
         || has("stopped container")
     {
         Reason::NotRunning
+    } else if (has("cgroup") || has("writing file `"))
+        && (has("out of range") || has("resource busy") || has("invalid argument"))
+    {
+        Reason::Limit
     } else if has("flag provided but not defined")
         || has("no help topic")
         || has("unknown command")
@@ -536,5 +544,38 @@ fn reason(message: &str) -> Reason {
         Reason::Unsupported
     } else {
         Reason::Other
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_and_races_are_told_apart() {
+        for (message, expected) in [
+            (
+                "failed to write \"4000\": write /sys/fs/cgroup/cpuset/a/cpuset.cpus: numerical result out of range",
+                Reason::Limit,
+            ),
+            (
+                "failed to write \"1\": write /sys/fs/cgroup/memory/a/memory.limit_in_bytes: device or resource busy",
+                Reason::Limit,
+            ),
+            ("writing file `cpuset.cpus`: Numerical result out of range", Reason::Limit),
+            (
+                "cannot open directory '/run/s/runtime/k8s.io/ab': No such file or directory",
+                Reason::NoSuchContainer,
+            ),
+            ("open executable: Operation not permitted", Reason::ExecutableRefused),
+            ("open executable: Permission denied", Reason::ExecutableRefused),
+            (
+                "executable file `x` not found in $PATH: No such file or directory",
+                Reason::ExecutableNotFound,
+            ),
+            ("exec: \"/x\": stat /x: no such file or directory", Reason::ExecutableNotFound),
+        ] {
+            assert_eq!(reason(message), expected, "{message}");
+        }
     }
 }

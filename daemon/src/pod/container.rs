@@ -10,12 +10,13 @@ use std::{
 
 use holdfast_shim::{
     bundle::{Bundle, Namespace},
+    cgroup::Cgroup,
     client::{Client, CreateTask, ErrorKind},
 };
 use tracing::warn;
 
 use super::{
-    Error, Pod, PodView, Services,
+    Error, Pod, PodView, Services, extras, readback,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
@@ -112,6 +113,8 @@ async fn make(
     image: &Image,
 ) -> Result<u32, Error> {
     let name = record.config.name.clone();
+    let command = spec::args::arguments(&record.config, &record.image).unwrap_or_default();
+    let command = command.into_iter().next().unwrap_or_default();
     let runtime = view.record.runtime.clone();
     let image_error = |source| Error::Image { name: name.clone(), source };
     let snapshot = services.images.create_snapshot(&record.id, image).await.map_err(image_error)?;
@@ -150,10 +153,8 @@ async fn make(
         options: Some(services.shims.runtime_options(&runtime)),
         checkpoint: String::new(),
     };
-    client
-        .create(task)
-        .await
-        .map_err(|source| Error::Task { what: "create", id: record.id.clone(), source })
+    // The runtimes look for the command here already; not all of them name it.
+    client.create(task).await.map_err(|source| Error::Create { name, command, source })
 }
 
 /// Root file system, account, OCI spec: all that the runtime is given.
@@ -193,9 +194,10 @@ fn prepare(
     let pod_ref = PodRef { id: &pod.id, config: &pod.config };
     // Before anything is made on the node for it.
     spec::check(&pod_ref, &record.config, driver).map_err(spec_error)?;
-    let facts = crate::node::gather(&record.config)
+    let mut facts = crate::node::gather(&record.config)
         .map_err(|source| Error::Host { name: name.clone(), source })?;
     let made_dirs = MadeDirs(facts.created.clone());
+    extras::devices(services, pod, &record.config, &mut facts);
     let pod_bundle = services.shims.pod_bundle(&pod.id);
     let files = PodFiles {
         hostname: Some(pod_bundle.hostname()),
@@ -221,7 +223,8 @@ fn prepare(
         host: &facts,
         seccomp_localhost: localhost.as_deref(),
     };
-    let spec = spec::generate(&input).map_err(spec_error)?;
+    let mut spec = spec::generate(&input).map_err(spec_error)?;
+    extras::amend(services, pod, &record.config, &facts, &mut spec)?;
 
     private_dir(bundle.dir()).map_err(io_at("make", bundle.dir()))?;
     let rootfs = bundle.rootfs();
@@ -474,6 +477,17 @@ pub(super) async fn discard(
     Ok(Effect::Removed(record.id))
 }
 
+/// Takes the CPU quota of a process's cgroup away, on version 1. Whether that was done.
+async fn remove_quota(pid: Option<u32>) -> bool {
+    let Some(pid) = pid else { return false };
+    let work = move || {
+        let cgroup = Cgroup::from_pid(pid).ok()?;
+        let dir = cgroup.controller("cpu")?;
+        std::fs::write(dir.join("cpu.cfs_quota_us"), "-1").ok()
+    };
+    tokio::task::spawn_blocking(work).await.is_ok_and(|done| done.is_some())
+}
+
 /// Changes a container's resources, in the kernel and in its record.
 pub(super) async fn update(
     services: Arc<Services>,
@@ -482,16 +496,31 @@ pub(super) async fn update(
     resources: Box<Resources>,
 ) -> Result<Effect, Error> {
     let id = record.id;
-    let merged = record.config.resources.merged(*resources);
+    let mut merged = record.config.resources.merged(*resources);
     if !record.state.is_exited() {
         let client = pod.client().await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
         let json = serde_json::to_vec(&linux).expect("resources serialise");
-        client
-            .update(id.as_str(), json)
-            .await
-            .map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;
+        let mut updated = client.update(id.as_str(), json).await;
+        // crun 1.8 cannot take a quota away on cgroup v1: it writes -1 as an unsigned number.
+        if updated.is_err() && merged.cpu_quota == -1 && remove_quota(record.state.pid()).await {
+            let rest = Resources { cpu_quota: 0, ..merged.clone() };
+            let linux = spec::update(&rest, &services.node)
+                .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
+            let json = serde_json::to_vec(&linux).expect("resources serialise");
+            updated = client.update(id.as_str(), json).await;
+        }
+        updated.map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;
+        if let Some(pid) = record.state.pid() {
+            // It may end any time: then what was asked is all there is to say.
+            let asked = merged.clone();
+            let seen = tokio::task::spawn_blocking(move || match Cgroup::from_pid(pid) {
+                Ok(cgroup) => readback::observed(asked, &cgroup),
+                Err(_) => asked,
+            });
+            merged = seen.await.map_err(|_| Error::Panicked)?;
+        }
     }
     Ok(Effect::Updated { id, resources: Box::new(merged) })
 }

@@ -47,6 +47,8 @@ pub(super) enum Request {
     Start { id: ContainerId },
     Remove { id: ContainerId },
     Update { id: ContainerId, resources: Box<Resources> },
+    /// New overhead and new sum of the containers' resources; `None`: as it was.
+    UpdatePod { change: Box<(Option<Resources>, Option<Resources>)> },
 }
 
 /// What a request is answered with.
@@ -75,6 +77,7 @@ enum Op {
     Start(ContainerId),
     Remove(ContainerId),
     Update(ContainerId),
+    UpdatePod,
     /// Frees what the runtime holds of an ended container.
     Reap(ContainerId),
     /// Takes away a container, or the pod, that a crash left half made.
@@ -91,7 +94,8 @@ impl Op {
         match self {
             Op::Start(of) | Op::Remove(of) | Op::Update(of) | Op::Reap(of) => of == id,
             Op::Discard(of) => of.as_ref() == Some(id),
-            Op::Run | Op::StopPod | Op::RemovePod | Op::Create(..) | Op::Link | Op::Watch => false,
+            Op::Run | Op::StopPod | Op::RemovePod | Op::UpdatePod | Op::Create(..) | Op::Link
+            | Op::Watch => false,
         }
     }
 
@@ -99,7 +103,7 @@ impl Op {
     fn holds_the_pod(&self) -> bool {
         match self {
             Op::Run | Op::StopPod | Op::RemovePod | Op::Create(..) | Op::Start(_) | Op::Remove(_)
-            | Op::Update(_) | Op::Reap(_) | Op::Discard(_) => true,
+            | Op::Update(_) | Op::UpdatePod | Op::Reap(_) | Op::Discard(_) => true,
             Op::Link | Op::Watch => false,
         }
     }
@@ -114,6 +118,7 @@ pub(super) enum Effect {
     Started { id: ContainerId, at: SystemTime },
     Removed(ContainerId),
     Updated { id: ContainerId, resources: Box<Resources> },
+    PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     Reaped,
     Linked { client: Client, exits: Vec<recover::Seen> },
     Dead { exits: Vec<recover::Seen> },
@@ -314,6 +319,9 @@ impl Owner {
             Request::Remove { id } => running.any(|op| {
                 op.touches(id) && !matches!(op, Op::Remove(_)) || matches!(op, Op::RemovePod)
             }),
+            Request::UpdatePod { .. } => running.any(|op| {
+                matches!(op, Op::Run | Op::UpdatePod | Op::RemovePod | Op::Discard(None))
+            }),
             Request::StopPod => running.any(|op| matches!(op, Op::Run | Op::RemovePod)),
             Request::RemovePod => {
                 running.any(|op| op.holds_the_pod() && !matches!(op, Op::RemovePod))
@@ -400,6 +408,10 @@ impl Owner {
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
                 self.join(op, reply, container::update(services, pod, record, resources));
+            }
+            // Nothing outside is to be done; it goes the way of all changes.
+            Request::UpdatePod { change } => {
+                self.join(Op::UpdatePod, reply, async { Ok(Effect::PodUpdated(change)) });
             }
             Request::StopPod => {
                 if self.record.state == PodState::NotReady
@@ -544,6 +556,14 @@ impl Owner {
                     self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
                 }
             }
+            Effect::PodUpdated(change) => {
+                let (overhead, resources) = *change;
+                let mut record = (*self.record).clone();
+                record.config.overhead = overhead.or(record.config.overhead);
+                record.config.resources = resources.or(record.config.resources);
+                self.save_pod(record).await?;
+                self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
+            }
             Effect::Reaped => {}
             Effect::Linked { client, exits } => {
                 self.connected(client);
@@ -603,7 +623,7 @@ impl Owner {
                 }
             }
             Op::StopPod => self.stopping = false,
-            Op::RemovePod | Op::Remove(_) | Op::Update(_) | Op::Reap(_) | Op::Discard(Some(_)) | Op::Link
+            Op::RemovePod | Op::Remove(_) | Op::Update(_) | Op::UpdatePod | Op::Reap(_) | Op::Discard(Some(_)) | Op::Link
             | Op::Watch => {}
         }
     }
