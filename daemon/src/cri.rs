@@ -12,11 +12,12 @@ mod streams;
 use std::{sync::Arc, time::Duration};
 
 use holdfast_protos::cri::{self, runtime_service_server::RuntimeService};
+use holdfast_streaming::{AttachRequest, ExecRequest, PortForwardRequest, Server};
 use tonic::{Request, Response, Status};
 
 use crate::{
     error::{Kinded, chain, status as to_status},
-    pod::{self, ContainerView, PodView, Pods},
+    pod::{self, ContainerView, Pod, PodView, Pods, state::PodState},
 };
 
 /// The CRI services and our Admin service.
@@ -24,13 +25,19 @@ use crate::{
 pub struct Service {
     pods: Pods,
     stats: Arc<crate::stats::Stats>,
+    streaming: Arc<Server>,
 }
 
 impl Service {
-    /// Over these pods.
-    pub fn new(pods: Pods) -> Self {
+    /// Over these pods; exec, attach and port-forward are sent to that server.
+    pub fn new(pods: Pods, streaming: Arc<Server>) -> Self {
         let stats = Arc::new(crate::stats::Stats::new(pods.services().clone()));
-        Self { pods, stats }
+        Self { pods, stats, streaming }
+    }
+
+    fn running(&self, container: String) -> Result<(Pod, Arc<ContainerView>), Status> {
+        let id = id("container_id", container)?;
+        self.pods.find_running(&id).map_err(|e| to_status(&e))
     }
 
     fn select_pods(&self, filter: cri::PodSandboxFilter) -> Vec<Arc<PodView>> {
@@ -72,6 +79,16 @@ type Answer<T> = Result<Response<T>, Status>;
 
 fn failed(error: Arc<pod::Error>) -> Status {
     Status::new(error.kind().code(), chain(&*error))
+}
+
+/// Why there is no URL to stream at.
+fn no_url(error: &holdfast_streaming::Error) -> Status {
+    let code = match error {
+        holdfast_streaming::Error::Invalid(_) => tonic::Code::InvalidArgument,
+        holdfast_streaming::Error::TooMany { .. } => tonic::Code::ResourceExhausted,
+        _ => tonic::Code::Internal,
+    };
+    Status::new(code, chain(error))
 }
 
 fn not_built<T>(what: &str) -> Answer<T> {
@@ -274,19 +291,52 @@ impl RuntimeService for Service {
         }))
     }
 
-    async fn exec(&self, _: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
-        not_built("Exec")
+    async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        let request = request.into_inner();
+        let (_, container) = self.running(request.container_id)?;
+        let url = self.streaming.exec_url(ExecRequest {
+            container: container.record.id.to_string(),
+            command: request.cmd,
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        });
+        Ok(Response::new(cri::ExecResponse { url: url.map_err(|e| no_url(&e))? }))
     }
 
-    async fn attach(&self, _: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
-        not_built("Attach")
+    async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        let request = request.into_inner();
+        let (_, container) = self.running(request.container_id)?;
+        let url = self.streaming.attach_url(AttachRequest {
+            container: container.record.id.to_string(),
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        });
+        Ok(Response::new(cri::AttachResponse { url: url.map_err(|e| no_url(&e))? }))
     }
 
     async fn port_forward(
         &self,
-        _: Request<cri::PortForwardRequest>,
+        request: Request<cri::PortForwardRequest>,
     ) -> Answer<cri::PortForwardResponse> {
-        not_built("PortForward")
+        let request = request.into_inner();
+        let id = id("pod_sandbox_id", request.pod_sandbox_id)?;
+        let pod = self.pods.find(&id).map_err(|e| to_status(&e))?;
+        if pod.view().record.state != PodState::Ready {
+            return Err(to_status(&pod::Error::PodNotReady(pod.id().clone())));
+        }
+        let port = |port: i32| {
+            u16::try_from(port)
+                .map_err(|_| Status::invalid_argument(format!("port: {port} is not a port")))
+        };
+        let url = self.streaming.port_forward_url(PortForwardRequest {
+            pod: pod.id().to_string(),
+            ports: request.port.into_iter().map(port).collect::<Result<_, _>>()?,
+        });
+        Ok(Response::new(cri::PortForwardResponse { url: url.map_err(|e| no_url(&e))? }))
     }
 
     async fn container_stats(

@@ -16,6 +16,7 @@
 //! layers stay until the last root file system on them is removed.
 
 pub mod archive;
+mod connect;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
@@ -30,6 +31,8 @@ pub mod tls;
 pub mod tree;
 pub mod unpack;
 
+#[cfg(test)]
+mod testing;
 #[cfg(test)]
 mod tests;
 
@@ -344,7 +347,7 @@ impl Images {
             if held.is_none() {
                 tracing::error!(container = %id, "root file system has lost layers");
             }
-            snapshots.restore(id, image, held.unwrap_or_default());
+            snapshots.restore(id, image, held);
         }
         Ok(Self {
             shared: Arc::new(Shared {
@@ -384,9 +387,7 @@ impl Images {
         let reference: Reference = reference.parse()?;
         let platform = match platform {
             None | Some("") => Platform::node(),
-            Some(text) => {
-                Platform::parse(text).ok_or_else(|| Error::Platform(text.to_owned()))?
-            }
+            Some(text) => Platform::parse(text).ok_or_else(|| Error::Platform(text.to_owned()))?,
         };
         let text = reference.to_string();
         let key = (text.clone(), platform.to_string());
@@ -395,16 +396,16 @@ impl Images {
             match flights.get(&key) {
                 Some(running) => running.clone(),
                 None => {
-                    let running = self.shared.clone().take_off(key.clone(), reference, auth, platform);
+                    let running =
+                        self.shared.clone().take_off(key.clone(), reference, auth, platform);
                     flights.insert(key, running.clone());
                     running
                 }
             }
         };
         let done = running.done;
-        let done = async move {
-            done.await.map_err(|source| Error::Pull { reference: text, source })
-        };
+        let done =
+            async move { done.await.map_err(|source| Error::Pull { reference: text, source }) };
         Ok(Flight { progress: running.progress, done: done.boxed() })
     }
 
@@ -432,8 +433,7 @@ impl Images {
         if prefix.len() < 6 || !prefix.bytes().all(|b| b.is_ascii_hexdigit()) {
             return None;
         }
-        let mut matching =
-            index.images.values().filter(|image| image.id.hex().starts_with(prefix));
+        let mut matching = index.images.values().filter(|image| image.id.hex().starts_with(prefix));
         let found = matching.next()?;
         matching.next().is_none().then(|| found.clone())
     }
@@ -488,7 +488,11 @@ impl Images {
     }
 
     /// Makes the root file system of a container. Doing it again gives the same one.
-    pub async fn create_snapshot(&self, id: &ContainerId, image: &Image) -> Result<Snapshot, Error> {
+    pub async fn create_snapshot(
+        &self,
+        id: &ContainerId,
+        image: &Image,
+    ) -> Result<Snapshot, Error> {
         let (shared, id) = (self.shared.clone(), id.clone());
         let (image, layers) = (image.id.clone(), image.layers.clone());
         joined(

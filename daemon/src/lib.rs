@@ -19,6 +19,7 @@ pub mod shims;
 pub mod spec;
 pub mod stats;
 pub mod store;
+pub mod streaming;
 
 use std::{
     fs, io,
@@ -73,6 +74,8 @@ pub enum Error {
     Node(#[from] node::Error),
     #[error("pods")]
     Pods(#[from] pod::Error),
+    #[error("streaming server")]
+    Streaming(#[from] holdfast_streaming::Error),
     #[error("CRI server")]
     Serve(#[from] tonic::transport::Error),
 }
@@ -131,7 +134,22 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     }
     let listener = bind(socket, 0o660)?;
     std::os::unix::fs::chown(socket, None, Some(config.grpc.gid)).map_err(at("give", socket))?;
-    let service = cri::Service::new(pods.clone());
+    let streaming = &config.streaming;
+    let streaming = holdfast_streaming::Server::bind(holdfast_streaming::Config {
+        address: streaming.address,
+        tls: streaming.tls.as_ref().map(|(certificates, key)| holdfast_streaming::Tls {
+            certificates: certificates.clone(),
+            key: key.clone(),
+        }),
+        limits: Default::default(),
+    });
+    let streaming = Arc::new(streaming.await?);
+    let (end_streams, streams_end) = tokio::sync::oneshot::channel::<()>();
+    let sessions = Arc::new(streaming::Sessions(pods.clone()));
+    let streams = tokio::spawn(streaming.clone().serve(sessions, async {
+        let _ = streams_end.await;
+    }));
+    let service = cri::Service::new(pods.clone(), streaming);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
         .add_service(
@@ -170,9 +188,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     notify::stopping();
     sweeper.abort();
     let _ = stop.send(());
+    let _ = end_streams.send(());
     // Requests first: what they wait for is still being done.
     if !server.is_finished() && tokio::time::timeout(GOODBYE, &mut server).await.is_err() {
         server.abort();
+    }
+    if tokio::time::timeout(GOODBYE, streams).await.is_err() {
+        warn!("a streaming session did not end in time");
     }
     pods.close().await;
     pods.services().network.drain().await;

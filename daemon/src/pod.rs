@@ -12,7 +12,7 @@
 
 pub mod config;
 mod container;
-mod exec;
+pub(crate) mod exec;
 mod extras;
 mod readback;
 mod recover;
@@ -564,6 +564,19 @@ impl Pods {
             .spawn(exec::sync(services, pod, container, command, timeout))
             .await
             .unwrap_or(Err(Error::Panicked))
+    }
+
+    /// The container, which must run, and its pod.
+    pub(crate) fn find_running(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), Error> {
+        let (pod, container) = self.find_container(id)?;
+        match &container.record.state {
+            ContainerState::Running { .. } => Ok((pod, container)),
+            state => Err(Error::Wrong {
+                id: container.record.id.clone(),
+                state: state.name(),
+                what: "it must run for that",
+            }),
+        }
     }
 
     /// Ends every owner; pods and containers stay as they are.

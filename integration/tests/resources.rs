@@ -493,38 +493,36 @@ async fn a_container_that_cannot_start_says_why(runtime: &str) -> Result<()> {
         fs::write(&path, text)?;
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
     }
-    for (name, command) in [
-        ("missing", "/no/such/program"),
-        ("not-in-path", "no-such-program"),
-        ("directory", "/etc"),
-        ("not-executable", "/etc/passwd"),
-        ("interpreter", "/late/interpreter"),
-        ("format", "/late/format"),
-    ] {
+    let container = |name: &str, command: &str| {
         let container = pod.container(&image).name(name).command([command]);
-        let container = container.mount(late.path(), "/late", |_| ());
-        match container.create().await {
-            Err(error) => {
-                eprintln!("{runtime} {name}: create {:?} {}", error.code(), error.message())
-            }
-            Ok(container) => {
-                match container.start().await {
-                    Err(error) => {
-                        eprintln!("{runtime} {name}: start {:?} {}", error.code(), error.message())
-                    }
-                    Ok(()) => eprintln!("{runtime} {name}: started"),
-                }
-                let status = container.wait().await?;
-                eprintln!(
-                    "   {} {} {:?} {} {:?}",
-                    status.exit_code,
-                    status.reason,
-                    status.message,
-                    status.started_at,
-                    container.log()?
-                );
-            }
-        }
+        container.mount(late.path(), "/late", |_| ())
+    };
+    for (name, command, words) in [
+        ("missing", "/no/such/program", &["not found", "no such file"]),
+        ("not-in-path", "no-such-program", &["not found in $PATH"; 2]),
+        ("directory", "/etc", &["not permitted", "permission denied"]),
+        ("not-executable", "/etc/passwd", &["Permission denied", "permission denied"]),
+    ] {
+        let error = match container(name, command).create().await {
+            Ok(_) => anyhow::bail!("{name} was made"),
+            Err(error) => error,
+        };
+        ensure!(error.code() == Code::InvalidArgument, "{error}");
+        let text = error.message();
+        ensure!(text.contains(&format!("{name:?}")) && text.contains(command), "{text}");
+        ensure!(words.iter().any(|word| text.contains(word)), "{text}");
+    }
+    ensure!(node.containers().await?.is_empty(), "containers that were not made are listed");
+    for (name, command, word) in [
+        ("interpreter", "/late/interpreter", "o such file or directory"),
+        ("format", "/late/format", "xec format error"),
+    ] {
+        let container = container(name, command).start().await?;
+        let status = container.wait().await?;
+        ensure!(status.exit_code != 0 && status.reason == "Error", "{status:?}");
+        // As with any program that ends at once, its log says why.
+        let log = container.log()?;
+        ensure!(log.iter().any(|l| l.text.contains(command) && l.text.contains(word)), "{log:?}");
     }
     node.finish().await
 }

@@ -322,12 +322,12 @@ impl Cgroup {
                 Err(_) => {}
             }
         }
-        let frozen = self.freeze(true).is_ok();
+        // One that does not freeze in time is still on its way there: it is killed and thawed all
+        // the same.
+        let _ = self.freeze(true);
         let killed = self.signal(libc::SIGKILL);
-        if frozen {
-            // A frozen process takes its SIGKILL when it thaws (v1).
-            let _ = self.freeze(false);
-        }
+        // A frozen process takes its SIGKILL when it thaws (v1).
+        let _ = self.freeze(false);
         killed.map(drop)
     }
 

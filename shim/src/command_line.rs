@@ -25,7 +25,7 @@ use holdfast_protos::shim::{
 };
 
 use crate::{
-    bootstrap::{self, Action, Arguments, Input},
+    bootstrap::{self, Action, Arguments, Input, Reader},
     bundle::{Bundle, ExitRecord, replace},
     cgroup::Cgroup,
     mounts, namespaces,
@@ -134,7 +134,7 @@ fn start(arguments: &Arguments) -> Result<(), String> {
     let group = bootstrap::group(&bundle, &arguments.id)?;
     let socket = bootstrap::socket_path(arguments, &input, &group)?;
     let address = format!("unix://{}", socket.display());
-    let said = bootstrap::answer(&input, &address);
+    let said = bootstrap::answer(&input, Reader::from_environment(), &address);
     let write = |path: PathBuf, text: &str| {
         replace(&path, text.as_bytes(), false).map_err(|e| format!("{}: {e}", path.display()))
     };
@@ -303,7 +303,12 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
     }
     let forwarding = pod.clone();
     tokio::spawn(async move { forwarding.events.run().await });
-    let gone = BundleWatch::new(pod.bundle.dir());
+    let watching = pod.clone();
+    tokio::spawn(async move {
+        if let Err(error) = watch_bundle(watching).await {
+            report!("watch the bundle: {error}");
+        }
+    });
 
     loop {
         tokio::select! {
@@ -320,7 +325,6 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
                 }
             }
             () = pod.leave.notified() => {}
-            () = gone.changed() => {}
         }
         if pod.is_done() {
             break;
@@ -335,31 +339,23 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
     Ok(())
 }
 
-/// Tells when the bundle may have gone: one inotify instance per shim.
-struct BundleWatch(Option<tokio::io::unix::AsyncFd<OwnedFd>>);
-
-impl BundleWatch {
-    fn new(dir: &Path) -> Self {
-        use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-        let made = (|| -> io::Result<_> {
-            let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-            let what = AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF;
-            inotify.add_watch(dir, what)?;
-            watch_fd(OwnedFd::from(inotify), tokio::io::Interest::READABLE)
-        })();
-        Self(made.inspect_err(|error| report!("watch the bundle: {error}")).ok())
-    }
-
-    async fn changed(&self) {
-        match &self.0 {
-            Some(inotify) => {
-                if let Ok(mut ready) = inotify.readable().await {
-                    let _ = nix::unistd::read(inotify.get_ref(), &mut [0; 4096]);
-                    ready.clear_ready();
-                }
-            }
-            None => tokio::time::sleep(Duration::from_secs(60)).await,
-        }
+/// Wakes the shim when its bundle may have gone: one inotify instance per shim, and no timer.
+async fn watch_bundle(pod: Arc<Pod>) -> io::Result<()> {
+    use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+    // The bound control socket keeps the directory's inode, so that its own removal is told only
+    // when we are gone; that of what is in it is told at once.
+    inotify.add_watch(
+        pod.bundle.dir(),
+        AddWatchFlags::IN_DELETE | AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF,
+    )?;
+    let inotify = watch_fd(OwnedFd::from(inotify), tokio::io::Interest::READABLE)?;
+    loop {
+        inotify.readable().await?.clear_ready();
+        // The directory goes after its files.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        while nix::unistd::read(inotify.get_ref(), &mut [0; 4096]).is_ok() {}
+        pod.leave.notify_one();
     }
 }
 

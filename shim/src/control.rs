@@ -130,7 +130,7 @@ pub use self::client::{AttachInput, AttachOutput, AttachStream, Control, Output}
 
 #[cfg(feature = "client")]
 mod client {
-    use std::{io, path::PathBuf, time::Duration};
+    use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
     use tokio::{
         io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -138,6 +138,7 @@ mod client {
             UnixStream,
             unix::{OwnedReadHalf, OwnedWriteHalf},
         },
+        sync::Mutex,
     };
 
     use super::{Attach, FRAME_MAX, HEADER, Kind, LINE_MAX, Request, header, parse_header};
@@ -179,7 +180,9 @@ mod client {
                 .await
                 .map_err(|_| Error::Deadline { call: "attach", deadline })??;
             let (read, write) = stream;
-            Ok(AttachStream { input: AttachInput { write }, output: AttachOutput { read } })
+            let write = Arc::new(Mutex::new(write));
+            let output = AttachOutput { read, _write: write.clone() };
+            Ok(AttachStream { input: AttachInput { write }, output })
         }
 
         async fn ask(
@@ -234,7 +237,8 @@ mod client {
     }
 
     impl AttachStream {
-        /// Both directions, to be driven apart. The attach ends when both are dropped.
+        /// Both directions, to be driven apart. The attach ends when both are dropped; standard
+        /// input alone ends by [`AttachInput::close_stdin`].
         pub fn split(self) -> (AttachInput, AttachOutput) {
             (self.input, self.output)
         }
@@ -243,7 +247,7 @@ mod client {
     /// Towards an attached container.
     #[derive(Debug)]
     pub struct AttachInput {
-        write: OwnedWriteHalf,
+        write: Arc<Mutex<OwnedWriteHalf>>,
     }
 
     impl AttachInput {
@@ -281,7 +285,7 @@ mod client {
             let mut frame = Vec::with_capacity(HEADER + payload.len());
             frame.extend_from_slice(&header(kind, payload.len()));
             frame.extend_from_slice(payload);
-            self.write.write_all(&frame).await
+            self.write.lock().await.write_all(&frame).await
         }
     }
 
@@ -289,6 +293,8 @@ mod client {
     #[derive(Debug)]
     pub struct AttachOutput {
         read: BufReader<OwnedReadHalf>,
+        /// Dropping a write half shuts it down, and to the shim the client has left then.
+        _write: Arc<Mutex<OwnedWriteHalf>>,
     }
 
     impl AttachOutput {

@@ -29,7 +29,7 @@ use crate::{
     options::PodOptions,
     process::{Owned, Reaper, lock},
     publish::Events,
-    runtime::{self, Checkpoint, Reason, Runtime},
+    runtime::{self, Checkpoint, Place, Reason, Runtime},
     server::timestamp,
     stdio::{self, Io, Sink, Source},
 };
@@ -201,6 +201,8 @@ pub(crate) struct Container {
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
+    /// Held while it is deleted: crun fails if two of them do it at once.
+    deleting: tokio::sync::Mutex<()>,
 }
 
 impl Container {
@@ -447,6 +449,7 @@ impl Pod {
             paused: AtomicBool::new(false),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
+            deleting: tokio::sync::Mutex::default(),
         });
         let pid = match self.launch_init(&container, &stdin, &stdout, &stderr).await {
             Ok(pid) => pid,
@@ -503,10 +506,12 @@ impl Pod {
             .create(
                 &self.reaper,
                 &container.id,
-                container.bundle.dir(),
-                &pid_file,
-                console.as_deref(),
-                given,
+                Place {
+                    bundle: container.bundle.dir(),
+                    pid_file: &pid_file,
+                    console: console.as_deref(),
+                    streams: given,
+                },
             )
             .await;
         let adopted = match created {
@@ -643,10 +648,12 @@ impl Pod {
             .restore(
                 &self.reaper,
                 &container.id,
-                container.bundle.dir(),
-                &pid_file,
-                console.as_deref(),
-                given,
+                Place {
+                    bundle: container.bundle.dir(),
+                    pid_file: &pid_file,
+                    console: console.as_deref(),
+                    streams: given,
+                },
                 &images,
             )
             .await;
@@ -776,7 +783,17 @@ impl Pod {
         let launch = self.reaper.launch();
         let started = container
             .runtime
-            .exec(&self.reaper, &container.id, &process.spec, &pid_file, console.as_deref(), given)
+            .exec(
+                &self.reaper,
+                &container.id,
+                &process.spec,
+                Place {
+                    bundle: container.bundle.dir(),
+                    pid_file: &pid_file,
+                    console: console.as_deref(),
+                    streams: given,
+                },
+            )
             .await;
         let pid = read_pid(&pid_file);
         let _ = fs::remove_file(&pid_file);
@@ -843,6 +860,9 @@ impl Pod {
             }
             return Ok(ended);
         }
+        let _alone = container.deleting.lock().await;
+        // Another one may have done it meanwhile.
+        self.container(id)?;
         let ended = match container.init.stage() {
             Stage::Ended(ended) => ended,
             Stage::New => never(),
@@ -855,7 +875,17 @@ impl Pod {
                 container.init.ended().await
             }
         };
-        container.runtime.delete(&self.reaper, id, false).await?;
+        if let Err(error) = container.runtime.delete(&self.reaper, id, false).await {
+            // Its first process is dead, whatever the runtime thinks: crun takes a frozen cgroup
+            // for a paused container.
+            if let Some(cgroup) = container.cgroup() {
+                let _ = cgroup.freeze(false);
+            }
+            if error.reason() != Reason::NotRunning {
+                return Err(error.into());
+            }
+            container.runtime.delete(&self.reaper, id, true).await?;
+        }
         if let Some(cgroup) = container.cgroup() {
             // The runtime removes what it made; a nested cgroup of the container's own is left.
             let _ = cgroup.kill();

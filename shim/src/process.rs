@@ -157,7 +157,10 @@ impl Reaper {
     #[expect(unsafe_code, reason = "waitid(2)")]
     pub(crate) fn sweep(&self) {
         let state = lock(&self.state);
-        while state.launches == 0 {
+        if state.launches > 0 {
+            return;
+        }
+        loop {
             // A look only: which child is it?
             // SAFETY: zero is a valid siginfo, and it outlives the calls.
             let pid = unsafe {

@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     future::Future,
     io,
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::AsRawFd as _,
     path::PathBuf,
     pin::Pin,
     sync::Arc,
@@ -34,7 +34,7 @@ use holdfast_protos::shim::{
     types,
 };
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, unix::AsyncFd},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{UnixListener, UnixStream},
 };
 
@@ -84,7 +84,9 @@ fn code(error: &Error) -> Code {
         Error::Runtime(error) => match error.reason() {
             Reason::NoSuchContainer => Code::NOT_FOUND,
             Reason::AlreadyExists => Code::ALREADY_EXISTS,
-            Reason::NotRunning | Reason::Paused | Reason::Limit => Code::FAILED_PRECONDITION,
+            Reason::NotRunning | Reason::Paused | Reason::NotPaused | Reason::Limit => {
+                Code::FAILED_PRECONDITION
+            }
             Reason::ExecutableNotFound | Reason::ExecutableRefused | Reason::WorkingDirectory => {
                 Code::INVALID_ARGUMENT
             }
@@ -762,7 +764,8 @@ struct Attachment {
     container: Arc<crate::pod::Container>,
     outputs: Arc<stdio::Outputs>,
     client: Arc<stdio::Attached>,
-    input: Option<Arc<AsyncFd<OwnedFd>>>,
+    /// The client may feed standard input.
+    input: bool,
     /// Standard input ends with this client.
     once: bool,
 }
@@ -774,13 +777,12 @@ fn attach(pod: &Pod, id: &str, streams: Attach) -> Result<Attachment, Error> {
     }
     let ends = container.init.with_io(|io| {
         let outputs = io.outputs.clone()?;
-        let input = io.input().filter(|_| streams.stdin);
-        Some((outputs, input, streams.stdin && io.once()))
+        Some((outputs, streams.stdin && io.input().is_some(), streams.stdin && io.once()))
     });
     let (outputs, input, once) = ends.flatten().ok_or_else(|| {
         Error::Precondition(format!("the streams of container {id} are not the shim's"))
     })?;
-    if streams.stdin && input.is_none() {
+    if streams.stdin && !input {
         return Err(Error::Precondition(format!(
             "container {id} has no standard input to attach to"
         )));
@@ -791,14 +793,13 @@ fn attach(pod: &Pod, id: &str, streams: Attach) -> Result<Attachment, Error> {
 
 impl Attachment {
     async fn run(
-        mut self,
+        self,
         read: BufReader<tokio::net::unix::OwnedReadHalf>,
         write: tokio::net::unix::OwnedWriteHalf,
     ) -> io::Result<()> {
-        let input = self.input.take();
         let client = self.client.clone();
         let out = send(&client, write);
-        let inward = self.receive(read, input);
+        let inward = self.receive(read);
         // Whichever ends first: the container's output, or the client.
         let result = tokio::select! {
             biased;
@@ -815,8 +816,12 @@ impl Attachment {
     async fn receive(
         &self,
         mut read: BufReader<tokio::net::unix::OwnedReadHalf>,
-        mut input: Option<Arc<AsyncFd<OwnedFd>>>,
     ) -> io::Result<()> {
+        // Asked for anew each time: CloseIO ends the input of attached clients too.
+        let target = |open: bool| {
+            open.then(|| self.container.init.with_io(|io| io.input())).flatten().flatten()
+        };
+        let mut open = self.input;
         loop {
             let mut head = [0; control::HEADER];
             read.read_exact(&mut head).await?;
@@ -827,21 +832,21 @@ impl Attachment {
                 Kind::Stdin if payload.is_empty() => {
                     let terminal =
                         self.container.init.with_io(|io| io.is_terminal()).unwrap_or_default();
-                    if let (true, Some(to)) = (terminal, &input) {
+                    if terminal && let Some(to) = target(open) {
                         // A terminal's end of input is a character.
-                        let _ = stdio::write_all(to, &[4]).await;
+                        let _ = stdio::write_all(&to, &[4]).await;
                     }
-                    input = None;
+                    open = false;
                     if self.once {
                         self.container.init.with_io(stdio::Io::close_stdin);
                     }
                 }
                 Kind::Stdin => {
-                    if let Some(to) = &input
-                        && stdio::write_all(to, &payload).await.is_err()
+                    if let Some(to) = target(open)
+                        && stdio::write_all(&to, &payload).await.is_err()
                     {
                         // The container closed its input; what comes is dropped.
-                        input = None;
+                        open = false;
                     }
                 }
                 Kind::Resize => {

@@ -645,9 +645,8 @@ impl Io {
             let mut buffer = [0];
             loop {
                 let mut guard = ready.readable().await?;
-                match guard.try_io(|fd| read_fd(fd.get_ref(), &mut buffer)) {
-                    Ok(result) => return result,
-                    Err(_) => {}
+                if let Ok(result) = guard.try_io(|fd| read_fd(fd.get_ref(), &mut buffer)) {
+                    return result;
                 }
             }
         })

@@ -1,9 +1,9 @@
 //! On a hybrid cgroup host crun runs only while the version 2 mount has no controller. hugetlb is
 //! the one that is left there; while its version 1 hierarchy is mounted, anywhere, it is not.
 //!
-//! The mount is shared by all tests of the machine that need it, and the last one takes it away
-//! (a kubelet on the same host would trip over it). Two lock files do that: `gate` is held for a
-//! moment while joining or leaving, `users` is shared by those who are in.
+//! The mount is shared by all tests of the machine, by one lock file: shared while in use, exclusive
+//! while mounting and unmounting. The last one takes it away, for a kubelet on the same host would
+//! trip over it. Tests with runc join too, because runc makes cgroups in every hierarchy it sees.
 
 use std::{
     fs::{self, File},
@@ -15,49 +15,65 @@ use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
 };
 
-const DIR: &str = "/tmp/holdfast-hugetlb";
+const LOCK: &str = "/run/lock/holdfast-test-hugetlb";
+const MOUNT: &str = "/tmp/hft.hugetlb";
+const CONTROLLERS: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
 
 pub(crate) struct Hybrid {
-    users: Option<Flock<File>>,
+    lock: Option<Flock<File>>,
 }
 
-fn lock(name: &str, how: FlockArg) -> Option<Flock<File>> {
-    let file = File::create(Path::new(DIR).join(name)).expect("lock file");
+fn lock(how: FlockArg) -> Option<Flock<File>> {
+    fs::create_dir_all("/run/lock").unwrap();
+    let file = File::options().create(true).truncate(false).write(true).open(LOCK).unwrap();
     Flock::lock(file, how).ok()
 }
 
+fn controllers() -> String {
+    fs::read_to_string(CONTROLLERS).unwrap_or_default().trim().to_owned()
+}
+
 impl Hybrid {
-    pub(crate) fn acquire() -> Self {
-        let controllers = "/sys/fs/cgroup/unified/cgroup.controllers";
-        let hybrid = Path::new(controllers).exists();
-        if !hybrid {
-            return Self { users: None };
+    /// `needed`: no controller may be left on version 2.
+    pub(crate) fn join(needed: bool) -> Self {
+        for _ in 0..100 {
+            if needed && !controllers().is_empty() {
+                let exclusive = lock(FlockArg::LockExclusiveNonblock);
+                if controllers() == "hugetlb" {
+                    fs::create_dir_all(MOUNT).unwrap();
+                    // Another may be as quick; what counts is looked at below.
+                    let _ = mount(
+                        Some("cgroup"),
+                        MOUNT,
+                        Some("cgroup"),
+                        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+                        Some("hugetlb"),
+                    );
+                }
+                drop(exclusive);
+            }
+            // From exclusive to shared is two steps: look again.
+            let lock = lock(FlockArg::LockShared);
+            if !needed || controllers().is_empty() {
+                return Self { lock };
+            }
         }
-        fs::create_dir_all(DIR).unwrap();
-        let _gate = lock("gate", FlockArg::LockExclusive).expect("gate");
-        let users = lock("users", FlockArg::LockShared);
-        if !fs::read_to_string(controllers).unwrap().trim().is_empty() {
-            let place = Path::new(DIR).join("mount");
-            fs::create_dir_all(&place).unwrap();
-            mount(Some("cgroup"), &place, Some("cgroup"), MsFlags::empty(), Some("hugetlb"))
-                .expect("mount the hugetlb hierarchy");
-        }
-        Self { users }
+        panic!("version 2 keeps the controllers {:?}", controllers());
     }
 }
 
 impl Drop for Hybrid {
     fn drop(&mut self) {
-        let Some(users) = self.users.take() else { return };
-        let _gate = lock("gate", FlockArg::LockExclusive);
-        drop(users);
-        if lock("users", FlockArg::LockExclusiveNonblock).is_some() {
-            let place = Path::new(DIR).join("mount");
-            // A hierarchy with cgroups left in it would not go, and stay for ever: remove them.
-            for entry in fs::read_dir(&place).into_iter().flatten().flatten() {
-                let _ = fs::remove_dir(entry.path());
+        drop(self.lock.take());
+        if let Some(_last) = lock(FlockArg::LockExclusiveNonblock) {
+            for entry in fs::read_dir(MOUNT).into_iter().flatten().flatten() {
+                if entry.file_name().to_string_lossy().starts_with("hft-") {
+                    let _ = fs::remove_dir(Path::new(MOUNT).join(entry.file_name()));
+                }
             }
-            let _ = umount2(&place, MntFlags::empty());
+            if umount2(MOUNT, MntFlags::empty()).is_ok() {
+                let _ = fs::remove_dir(MOUNT);
+            }
         }
     }
 }

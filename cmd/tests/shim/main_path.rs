@@ -12,7 +12,13 @@ use holdfast_shim::{
 use crate::node::{Node, Oci, soon, until};
 
 fn own() -> PodOptions {
-    PodOptions { net: true, ipc: true, uts: true, hostname: "web-0".into(), ..PodOptions::default() }
+    PodOptions {
+        net: true,
+        ipc: true,
+        uts: true,
+        hostname: "web-0".into(),
+        ..PodOptions::default()
+    }
 }
 
 /// One test per runtime.
@@ -82,8 +88,10 @@ async fn a_pod_lives_and_leaves_nothing(oci: Oci) {
     let closed = pod.client.closed();
     pod.client.shutdown_sandbox("pod").await.unwrap();
     soon("the shim's end", closed).await;
-    until("the process to go", || (!Path::new(&format!("/proc/{}", pod.pid)).exists()).then_some(()))
-        .await;
+    until("the process to go", || {
+        (!Path::new(&format!("/proc/{}", pod.pid)).exists()).then_some(())
+    })
+    .await;
     assert!(node.mounts().is_empty(), "{:?}", node.mounts());
     assert!(node.cgroups().is_empty(), "{:?}", node.cgroups());
     assert_eq!(fs::read_dir(node.path("s")).unwrap().count(), 0, "no socket is left");

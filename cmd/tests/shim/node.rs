@@ -67,6 +67,13 @@ pub(crate) async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
         .unwrap_or_else(|_| panic!("{what} within {PATIENCE:?}"))
 }
 
+/// The shim under test: Cargo's, or the static one that is shipped.
+pub(crate) fn shim_binary() -> PathBuf {
+    std::env::var_os("HOLDFAST_TEST_SHIM")
+        .unwrap_or_else(|| env!("CARGO_BIN_EXE_containerd-shim-holdfast-v2").into())
+        .into()
+}
+
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 pub(crate) struct Node {
@@ -78,15 +85,16 @@ pub(crate) struct Node {
     pub(crate) env: Vec<(String, String)>,
     /// Shims that were started, to be ended when a test fails half way.
     shims: Mutex<Vec<PathBuf>>,
-    _hybrid: Option<Hybrid>,
+    _hybrid: Hybrid,
 }
 
 impl Node {
     pub(crate) fn new(oci: Oci) -> Self {
         assert!(nix::unistd::geteuid().is_root(), "these tests need root");
-        let hybrid = (oci == Oci::Crun).then(Hybrid::acquire);
+        let hybrid = Hybrid::join(oci == Oci::Crun);
         let dir = tempfile::Builder::new().prefix("hf").tempdir().expect("temporary directory");
-        let name = format!("hf{}x{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let name =
+            format!("hft-shim{}x{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
         let node = Self {
             dir,
             oci,
@@ -161,7 +169,7 @@ impl Node {
 
     pub(crate) fn command(&self, id: &str, bundle: &Path) -> Command {
         Command {
-            binary: env!("CARGO_BIN_EXE_containerd-shim-holdfast-v2").into(),
+            binary: shim_binary(),
             namespace: "test".into(),
             id: id.into(),
             bundle: bundle.to_owned(),
@@ -202,8 +210,9 @@ impl Node {
     /// Directories of this node's cgroups that are still there.
     pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
-        for hierarchy in fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
-            let dir = hierarchy.path().join(&self.name);
+        let hierarchies = fs::read_dir("/sys/fs/cgroup").unwrap().flatten().map(|e| e.path());
+        for hierarchy in hierarchies.chain([PathBuf::from("/tmp/hft.hugetlb")]) {
+            let dir = hierarchy.join(&self.name);
             found.extend(fs::read_dir(&dir).into_iter().flatten().flatten().filter_map(|entry| {
                 entry.file_type().is_ok_and(|kind| kind.is_dir()).then(|| entry.path())
             }));
@@ -263,7 +272,10 @@ pub(crate) struct Pod<'a> {
 }
 
 impl Pod<'_> {
-    pub(crate) async fn create(&self, options: PodOptions) -> Result<(), holdfast_shim::client::Error> {
+    pub(crate) async fn create(
+        &self,
+        options: PodOptions,
+    ) -> Result<(), holdfast_shim::client::Error> {
         self.client
             .create_sandbox(CreateSandbox {
                 id: self.id.clone(),
@@ -376,7 +388,10 @@ impl Container<'_> {
         let tmp = self.bundle.rootfs().join("tmp");
         fs::set_permissions(tmp, fs::Permissions::from_mode(0o1777)).unwrap();
         fs::copy("/bin/busybox", bin.join("busybox")).expect("Debian's busybox-static");
-        for name in ["sh", "cat", "echo", "sleep", "seq", "kill", "stty", "ps", "true", "dd", "id", "tail", "setsid", "yes", "head", "hostname", "ip", "printf", "ls"] {
+        for name in [
+            "sh", "cat", "echo", "sleep", "seq", "kill", "stty", "ps", "true", "dd", "id", "tail",
+            "setsid", "yes", "head", "hostname", "ip", "printf", "ls",
+        ] {
             let _ = symlink("busybox", bin.join(name));
         }
         fs::write(self.bundle.config(), self.config.to_string()).unwrap();
@@ -519,9 +534,7 @@ impl Fifos {
         let (out_dir, err_dir) = (self.path("out"), self.path("err"));
         tokio::spawn(async move {
             // A writer of our own until the exec has its, for without any there is an end at once.
-            let hold = |path: &str| {
-                fs::OpenOptions::new().write(true).open(path).unwrap()
-            };
+            let hold = |path: &str| fs::OpenOptions::new().write(true).open(path).unwrap();
             let held = (hold(&out_dir), hold(&err_dir));
             let release = async move {
                 tokio::time::sleep(Duration::from_millis(400)).await;

@@ -172,7 +172,7 @@ impl Spool {
         let mut archive = Archive::new(BufReader::with_capacity(256 << 10, plain));
         let mut left = self.shared.config.max_layer_size.saturating_mul(4);
         let mut count = 0;
-        while let Some(entry) = archive.next().map_err(read)? {
+        while let Some(entry) = archive.entry().map_err(read)? {
             if count == MAX_FILES {
                 return Err(Error::Archive(format!("it has more than {MAX_FILES} files")));
             }
@@ -189,15 +189,17 @@ impl Spool {
                     let to = directory.join(count.to_string());
                     let file = std::fs::File::create_new(&to).map_err(|e| write(&to, e))?;
                     let mut done = 0;
-                    while archive.data(u64::MAX, |data| -> Result<usize, Failure> {
-                        file.write_all_at(data, done).map_err(Failure::Write)?;
-                        done += data.len() as u64;
-                        Ok(data.len())
-                    })
-                    .map_err(|e| match e {
-                        Failure::Tar(e) => read(e),
-                        Failure::Write(e) => write(&to, e),
-                    })? {}
+                    while archive
+                        .data(u64::MAX, |data| -> Result<usize, Failure> {
+                            file.write_all_at(data, done).map_err(Failure::Write)?;
+                            done += data.len() as u64;
+                            Ok(data.len())
+                        })
+                        .map_err(|e| match e {
+                            Failure::Tar(e) => read(e),
+                            Failure::Write(e) => write(&to, e),
+                        })?
+                    {}
                     self.files.insert(path, Item::File(count));
                     count += 1;
                 }
@@ -236,9 +238,8 @@ impl Spool {
         if size > limit {
             return Err(Error::Archive(format!("{path} is larger than {limit} bytes")));
         }
-        std::fs::read(&file).map_err(|e| {
-            Error::Read(unpack::Error::Write { path: path.to_owned(), source: e })
-        })
+        std::fs::read(&file)
+            .map_err(|e| Error::Read(unpack::Error::Write { path: path.to_owned(), source: e }))
     }
 
     fn blob(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>, Error> {
@@ -372,7 +373,8 @@ impl Spool {
             let config_bytes = self.read(&item.config, MAX_CONFIG)?;
             let config = Config::parse(&config_bytes)?;
             config.check_platform(&Platform::node())?;
-            if item.layers.len() != config.diff_ids.len() || item.layers.len() > manifest::MAX_LAYERS
+            if item.layers.len() != config.diff_ids.len()
+                || item.layers.len() > manifest::MAX_LAYERS
             {
                 return Err(Error::Archive(format!(
                     "{} has {} diff_ids, manifest.json has {} layers",

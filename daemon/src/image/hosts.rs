@@ -171,7 +171,9 @@ fn docker_certificates(path: &Path) -> Result<Tls, Error> {
     for file in files {
         match file.extension().and_then(|e| e.to_str()) {
             Some("crt") => tls.ca.push(read(file)?),
-            Some("cert") => tls.client.push((read(file.clone())?, read(file.with_extension("key"))?)),
+            Some("cert") => {
+                tls.client.push((read(file.clone())?, read(file.with_extension("key"))?))
+            }
             _ => {}
         }
     }
@@ -304,7 +306,11 @@ fn host(name: &str, table: Table, directory: &Path) -> Result<Host, Error> {
             "pull" => pull = true,
             "resolve" => resolve = true,
             "push" => {}
-            other => return Err(value(format!("capability {other:?} is not one of pull, resolve, push"))),
+            other => {
+                return Err(value(format!(
+                    "capability {other:?} is not one of pull, resolve, push"
+                )));
+            }
         }
     }
     let mut headers = HeaderMap::new();
@@ -336,7 +342,8 @@ fn host(name: &str, table: Table, directory: &Path) -> Result<Host, Error> {
     let dial_timeout = match table.dial_timeout {
         None => None,
         Some(text) => Some(
-            seconds(&text).ok_or_else(|| value(format!("dial_timeout {text:?} is not a duration")))?,
+            seconds(&text)
+                .ok_or_else(|| value(format!("dial_timeout {text:?} is not a duration")))?,
         ),
     };
     Ok(Host { base, resolve, pull, upstream: false, guess: false, headers, tls, dial_timeout })
@@ -447,7 +454,10 @@ server = "https://upstream.example"
         assert_eq!(found[1].headers.get_all("x-more").iter().count(), 2);
         assert!(!format!("{found:?}").contains("secret"));
         assert_eq!(found[2].dial_timeout, Some(Duration::from_secs(3)));
-        assert_eq!(found.iter().map(|h| h.upstream).collect::<Vec<_>>(), [false, false, false, true]);
+        assert_eq!(
+            found.iter().map(|h| h.upstream).collect::<Vec<_>>(),
+            [false, false, false, true]
+        );
     }
 
     #[test]
@@ -457,7 +467,10 @@ server = "https://upstream.example"
         let found = hosts("docker.io", dir.path(), &[]).unwrap();
         assert_eq!(bases(&found), ["https://mirror.example/v2", "https://registry-1.docker.io/v2"]);
         write(dir.path(), "_default", "server = \"http://127.0.0.1:9\"\n");
-        assert_eq!(bases(&hosts("other.example", dir.path(), &[]).unwrap()), ["http://127.0.0.1:9/v2"]);
+        assert_eq!(
+            bases(&hosts("other.example", dir.path(), &[]).unwrap()),
+            ["http://127.0.0.1:9/v2"]
+        );
     }
 
     #[test]

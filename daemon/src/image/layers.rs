@@ -173,12 +173,7 @@ impl Layers {
             reaper,
         });
         tokio::spawn(reap(queue, shared.layers.clone(), store));
-        Self {
-            shared,
-            next: AtomicU64::new(next),
-            known: Mutex::default(),
-            busy: Mutex::default(),
-        }
+        Self { shared, next: AtomicU64::new(next), known: Mutex::default(), busy: Mutex::default() }
     }
 
     /// Bytes and inodes of all layers.
@@ -326,7 +321,11 @@ async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, layers: PathBuf, store: 
                 Ok(false) => continue,
                 Err(error) => {
                     // It stays for the next start.
-                    tracing::warn!(number, error = crate::error::chain(&error), "layer not removed");
+                    tracing::warn!(
+                        number,
+                        error = crate::error::chain(&error),
+                        "layer not removed"
+                    );
                     continue;
                 }
             },
@@ -338,7 +337,9 @@ async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, layers: PathBuf, store: 
         .await;
         match removed {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(path = %path.display(), %error, "leftover not removed"),
+            Ok(Err(error)) => {
+                tracing::warn!(path = %path.display(), %error, "leftover not removed")
+            }
             // The runtime is going down.
             Err(_) => return,
         }
@@ -457,11 +458,12 @@ fn relocate(
 /// that directories are merged. Depth is bounded by that of a layer.
 fn merge(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
     for (name, _) in tree::names(from.as_fd())? {
-        let directory = |at: &OwnedFd| match rustix::fs::statat(at, &name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode) == FileType::Directory)),
-            Err(Errno::NOENT) => Ok(None),
-            Err(e) => Err(e),
-        };
+        let directory =
+            |at: &OwnedFd| match rustix::fs::statat(at, &name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.st_mode) == FileType::Directory)),
+                Err(Errno::NOENT) => Ok(None),
+                Err(e) => Err(e),
+            };
         match (directory(from)?, directory(to)?) {
             (Some(true), Some(true)) => {
                 let name: &Path = name.as_ref();

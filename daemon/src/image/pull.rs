@@ -223,7 +223,12 @@ async fn unchanged(
     {
         return Ok(None);
     }
-    let now = remote.digest(reference.object()).await?;
+    let now = match remote.digest(reference.object()).await {
+        Ok(now) => now,
+        // Not all that serve manifests know HEAD.
+        Err(registry::Error::Status { status, .. }) if status.is_client_error() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
     Ok(now.filter(|now| now.to_string() == target).map(|_| image))
 }
 
@@ -334,6 +339,7 @@ pub(super) async fn layers(
     let chains: Vec<String> = (0..wanted.len())
         .map(|index| chain_id(wanted[..index].iter().map(|wanted| &wanted.diff_id)))
         .collect();
+    // Threads at work on files: they are waited for whatever happens.
     let unpackers = TaskTracker::new();
     let fetch = Fetch { shared, source: &source, unpackers: &unpackers, progress };
     let mut fetches = Vec::with_capacity(wanted.len());
@@ -393,7 +399,7 @@ impl Fetch<'_> {
         self.phase(index, Phase::Pulling);
         let slot = layers.slot(wanted.diff_id.clone());
         let staged = match self.source {
-            Source::Registry(remote) => self.from_registry(remote, index, wanted, slot).await?,
+            Source::Registry(remote) => self.download(remote, index, wanted, slot).await?,
             Source::Files(files) => {
                 let path = files[index].clone();
                 let open: Open = Box::new(move || {
@@ -407,13 +413,14 @@ impl Fetch<'_> {
         if staged.depends_on_parents() {
             return Ok((index, Got::Staged(staged)));
         }
-        let shared = self.shared.clone();
-        let placed = blocking(move || shared.layers.place(staged, &[])).await?;
+        let (shared, token) = (self.shared.clone(), self.unpackers.token());
+        // In this order: the token goes after the layer, should nobody wait for them any more.
+        let (placed, _token) = blocking(move || (shared.layers.place(staged, &[]), token)).await?;
         let place = |source| Error::Place { layer: wanted.diff_id.clone(), source };
         Ok((index, Got::Ready(placed.map_err(place)?)))
     }
 
-    async fn from_registry(
+    async fn download(
         &self,
         remote: &Remote,
         index: usize,
@@ -459,20 +466,21 @@ impl Fetch<'_> {
         };
         let token = self.unpackers.token();
         let work = tokio::task::spawn_blocking(move || {
-            let _token = token;
             let path = slot.path();
-            match open().and_then(|source| stream::unpack_layer(source, &expected, &path)) {
-                Ok(unpacked) => Ok(slot.filled(unpacked)),
-                Err(source) => {
-                    let layer = match expected.content {
-                        Some((digest, _)) => digest,
-                        None => expected.diff_id,
-                    };
-                    Err(Error::Layer { layer, source })
-                }
-            }
+            let unpacked =
+                match open().and_then(|source| stream::unpack_layer(source, &expected, &path)) {
+                    Ok(unpacked) => Ok(slot.filled(unpacked)),
+                    Err(source) => {
+                        let layer = match expected.content {
+                            Some((digest, _)) => digest,
+                            None => expected.diff_id,
+                        };
+                        Err(Error::Layer { layer, source })
+                    }
+                };
+            (unpacked, token)
         });
-        super::joined(work)
+        async move { super::joined(work).await.map(|(unpacked, _token)| unpacked) }
     }
 
     fn phase(&self, index: usize, phase: Phase) {

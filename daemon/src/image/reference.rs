@@ -212,8 +212,9 @@ fn is_component(text: &[u8]) -> bool {
     if !alphanumeric(first) || !alphanumeric(last) {
         return false;
     }
-    text.split(alphanumeric)
-        .all(|separator| matches!(separator, b"" | b"." | b"_" | b"__") || separator.iter().all(|b| *b == b'-'))
+    text.split(alphanumeric).all(|separator| {
+        matches!(separator, b"" | b"." | b"_" | b"__") || separator.iter().all(|b| *b == b'-')
+    })
 }
 
 fn check_tag(tag: &str) -> Result<(), &'static str> {
@@ -251,7 +252,10 @@ mod tests {
             ("localhost/a", "localhost/a:latest"),
             ("localhost:5000/a:1", "localhost:5000/a:1"),
             ("Registry/a", "Registry/a:latest"),
-            ("registry.k8s.io/e2e-test-images/busybox:1.29-2", "registry.k8s.io/e2e-test-images/busybox:1.29-2"),
+            (
+                "registry.k8s.io/e2e-test-images/busybox:1.29-2",
+                "registry.k8s.io/e2e-test-images/busybox:1.29-2",
+            ),
             ("[::1]:5000/a/b", "[::1]:5000/a/b:latest"),
             ("[::1]/a", "[::1]/a:latest"),
             ("a__b/c--d.e_f", "docker.io/a__b/c--d.e_f:latest"),
@@ -259,7 +263,10 @@ mod tests {
         ] {
             assert_eq!(normal(text), want, "{text}");
         }
-        assert_eq!(normal(&format!("busybox:1@{digest}")), format!("docker.io/library/busybox@{digest}"));
+        assert_eq!(
+            normal(&format!("busybox:1@{digest}")),
+            format!("docker.io/library/busybox@{digest}")
+        );
     }
 
     #[test]

@@ -31,7 +31,7 @@ use hyper::{
 };
 use hyper_rustls::HttpsConnector;
 use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
+    client::{legacy::Client, proxy::matcher::Matcher},
     rt::{TokioExecutor, TokioTimer},
 };
 use serde::Deserialize;
@@ -39,6 +39,7 @@ use sha2::{Digest as _, Sha256};
 use url::Url;
 
 use super::{
+    connect::Connector,
     hosts::{self, Host, Tls},
     reference::{Object, Reference},
     tls,
@@ -63,6 +64,9 @@ const ATTEMPTS: u32 = 5;
 
 /// Bytes of a blob that make an attempt a success, so that failures are counted anew.
 const PROGRESS: u64 = 64 << 10;
+
+/// Bound on making a connection, where the hosts.toml gives none.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Longest wait that a server's Retry-After can ask for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
@@ -247,10 +251,9 @@ impl Error {
     fn is_transient(&self) -> bool {
         match self {
             Error::Connect { .. } | Error::Stalled { .. } => true,
-            Error::Status { status, .. } => matches!(
-                status.as_u16(),
-                408 | 429 | 500 | 502 | 503 | 504
-            ),
+            Error::Status { status, .. } => {
+                matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504)
+            }
             _ => false,
         }
     }
@@ -266,13 +269,14 @@ impl fmt::Display for Detail {
     }
 }
 
-type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+type Http = Client<HttpsConnector<Connector>, Full<Bytes>>;
 
 /// What all remotes share: connections, and which guesses were right.
 pub struct Registries {
     config: config::Images,
     /// First wait before a retry; doubles each time.
     back_off: Duration,
+    proxies: Arc<Matcher>,
     clients: Mutex<HashMap<(Tls, Option<Duration>), Http>>,
     /// Scheme by authority, where it was guessed.
     schemes: Mutex<HashMap<String, String>>,
@@ -284,6 +288,7 @@ impl Registries {
         Self {
             config,
             back_off: Duration::from_millis(250),
+            proxies: Arc::new(Matcher::from_env()),
             clients: Mutex::default(),
             schemes: Mutex::default(),
         }
@@ -293,6 +298,13 @@ impl Registries {
     #[cfg(test)]
     pub(super) fn with_back_off(mut self, back_off: Duration) -> Self {
         self.back_off = back_off;
+        self
+    }
+
+    /// For tests: HTTPS goes through this proxy, except to the hosts in `not_to`.
+    #[cfg(test)]
+    pub(super) fn with_proxy(mut self, proxy: &str, not_to: &str) -> Self {
+        self.proxies = Arc::new(Matcher::builder().https(proxy).no(not_to).build());
         self
     }
 
@@ -349,11 +361,8 @@ impl Registries {
         if let Some(client) = self.clients.lock().expect("no panic while it is held").get(&key) {
             return Ok(client.clone());
         }
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        tcp.set_keepalive(Some(Duration::from_secs(30)));
-        tcp.set_connect_timeout(Some(dial_timeout.unwrap_or(Duration::from_secs(15))));
+        let dial_timeout = dial_timeout.unwrap_or(DIAL_TIMEOUT);
+        let tcp = Connector::new(self.proxies.clone(), dial_timeout);
         let connector = hyper_rustls::HttpsConnectorBuilder::new()
             .with_tls_config(tls::config(tls)?)
             .https_or_http()
@@ -413,7 +422,9 @@ impl Credentials {
             Ok::<_, Error>(value)
         };
         let basic = |pair: &[u8]| secret(format!("Basic {}", base64.encode(pair)));
-        if !auth.username.is_empty() {
+        // Some services give a name of no meaning along with the token.
+        let only_token = auth.password.is_empty() && !auth.identity_token.is_empty();
+        if !auth.username.is_empty() && !only_token {
             let pair = format!("{}:{}", auth.username, auth.password);
             return Ok(Some(Credentials::Basic(basic(pair.as_bytes())?)));
         }
@@ -484,11 +495,13 @@ impl Remote {
     /// The digest that the registry has for a name now, without the content; `None` if it does not
     /// say.
     pub async fn digest(&self, object: &Object) -> Result<Option<Digest>, Error> {
-        self.first(true, "resolve", |server| Box::pin(async move {
-            let url = self.url(server, "manifests", &object.to_string());
-            let response = self.retried(server, Method::HEAD, &url, accept()).await?;
-            Ok(content_digest(response.headers()))
-        }))
+        self.first(true, "resolve", |server| {
+            Box::pin(async move {
+                let url = self.url(server, "manifests", &object.to_string());
+                let response = self.retried(server, Method::HEAD, &url, accept()).await?;
+                Ok(content_digest(response.headers()))
+            })
+        })
         .await
     }
 
@@ -496,49 +509,61 @@ impl Remote {
     pub async fn manifest(&self, object: &Object) -> Result<Document, Error> {
         let resolve = matches!(object, Object::Tag(_));
         let capability = if resolve { "resolve" } else { "pull" };
-        self.first(resolve, capability, |server| Box::pin(async move {
-            let url = self.url(server, "manifests", &object.to_string());
-            let (headers, bytes) =
-                self.small(server, &url, accept(), MAX_MANIFEST).await?;
-            let got = Digest::from_sha256(Sha256::digest(&bytes).into());
-            let want = match object {
-                Object::Digest(digest) => Some(digest.clone()),
-                Object::Tag(_) => content_digest(&headers),
-            };
-            if let Some(want) = want
-                && want != got
-            {
-                return Err(Error::Content { url: show(&url), got, want });
-            }
-            let media_type = headers
-                .get(header::CONTENT_TYPE)
-                .and_then(|value| value.to_str().ok())
-                .and_then(|value| value.split(';').next())
-                .unwrap_or_default()
-                .trim()
-                .to_owned();
-            Ok(Document { bytes, media_type, digest: got })
-        }))
+        self.first(resolve, capability, |server| {
+            Box::pin(async move {
+                let url = self.url(server, "manifests", &object.to_string());
+                let (headers, bytes) = self.small(server, &url, accept(), MAX_MANIFEST).await?;
+                let got = Digest::from_sha256(Sha256::digest(&bytes).into());
+                let want = match object {
+                    Object::Digest(digest) => Some(digest.clone()),
+                    Object::Tag(_) => content_digest(&headers),
+                };
+                if let Some(want) = want
+                    && want != got
+                {
+                    return Err(Error::Content { url: show(&url), got, want });
+                }
+                let media_type = headers
+                    .get(header::CONTENT_TYPE)
+                    .and_then(|value| value.to_str().ok())
+                    .and_then(|value| value.split(';').next())
+                    .unwrap_or_default()
+                    .trim()
+                    .to_owned();
+                Ok(Document { bytes, media_type, digest: got })
+            })
+        })
         .await
     }
 
     /// A small blob as a whole, verified.
     pub async fn small_blob(&self, digest: &Digest, size: u64) -> Result<Bytes, Error> {
-        self.first(false, "pull", |server| Box::pin(async move {
-            let url = self.url(server, "blobs", &digest.to_string());
-            let (_, bytes) = self.small(server, &url, HeaderMap::new(), size).await?;
-            let got = Digest::from_sha256(Sha256::digest(&bytes).into());
-            if got != *digest {
-                return Err(Error::Content { url: show(&url), got, want: digest.clone() });
-            }
-            Ok(bytes)
-        }))
+        self.first(false, "pull", |server| {
+            Box::pin(async move {
+                let url = self.url(server, "blobs", &digest.to_string());
+                let (_, bytes) = self.small(server, &url, HeaderMap::new(), size).await?;
+                let got = Digest::from_sha256(Sha256::digest(&bytes).into());
+                if got != *digest {
+                    return Err(Error::Content { url: show(&url), got, want: digest.clone() });
+                }
+                Ok(bytes)
+            })
+        })
         .await
     }
 
     /// A blob as a stream of exactly `size` bytes. Its digest is for the reader to verify.
     pub fn blob(&self, digest: &Digest, size: u64) -> Blob<'_> {
-        Blob { remote: self, digest: digest.clone(), size, offset: 0, open: None, attempts: 0, since_failure: 0, pace: Pace::default() }
+        Blob {
+            remote: self,
+            digest: digest.clone(),
+            size,
+            offset: 0,
+            open: None,
+            attempts: 0,
+            since_failure: 0,
+            pace: Pace::default(),
+        }
     }
 
     /// The first server that gives it.
@@ -725,8 +750,7 @@ impl Remote {
             (Some(Challenge::Basic), _) => return Ok(false),
             (Some(Challenge::Bearer { realm, service, scope }), credentials) => {
                 let realm = self.realm(server, url, &realm)?;
-                let token =
-                    self.token(server, realm, service, scope, credentials.as_ref()).await?;
+                let token = self.token(server, realm, service, scope, credentials.as_ref()).await?;
                 let mut header = HeaderValue::from_str(&format!("Bearer {token}"))
                     .map_err(|_| protocol(url, "a token with control characters"))?;
                 header.set_sensitive(true);
@@ -747,7 +771,8 @@ impl Remote {
         let insecure = &self.registries.config.insecure_registries;
         let host = realm.host_str().unwrap_or_default();
         let plain_is_fine = hosts::plain_allowed(host, realm.port(), insecure)
-            || server.host.base.scheme() == "http" && realm.host_str() == server.host.base.host_str();
+            || server.host.base.scheme() == "http"
+                && realm.host_str() == server.host.base.host_str();
         match realm.scheme() {
             "https" => Ok(realm),
             "http" if plain_is_fine => Ok(realm),
@@ -1107,8 +1132,10 @@ impl Challenge {
     }
 }
 
+type Parameters = Vec<(String, String)>;
+
 /// The first challenge of a header's value, and what follows it.
-fn challenge(text: &str) -> Option<(&str, Vec<(String, String)>, &str)> {
+fn challenge(text: &str) -> Option<(&str, Parameters, &str)> {
     let text = text.trim_start_matches([' ', ',', '\t']);
     let end = text.find([' ', ',']).unwrap_or(text.len());
     let (scheme, mut rest) = text.split_at(end);
@@ -1249,7 +1276,10 @@ mod tests {
                 bearer("https://a/t", Some("s"), Some("repository:a/b:pull,push")),
             ),
             (&["Basic realm=\"x\", Bearer realm=\"https://a\""], bearer("https://a", None, None)),
-            (&["Negotiate", "bearer Realm=https://a , service=s"], bearer("https://a", Some("s"), None)),
+            (
+                &["Negotiate", "bearer Realm=https://a , service=s"],
+                bearer("https://a", Some("s"), None),
+            ),
             (&["Bearer realm=\"a\\\"b\""], bearer("a\"b", None, None)),
             (&["Bearer service=\"x\""], None),
             (&["Negotiate"], None),

@@ -71,8 +71,8 @@ pub struct Snapshot {
     dirs: Dirs,
     upper: PathBuf,
     work: PathBuf,
-    /// From the bottom. Holding them keeps them on disk.
-    layers: Arc<[Arc<Layer>]>,
+    /// From the bottom. Holding them keeps them on disk. `None`: somebody else removed one.
+    layers: Option<Arc<[Arc<Layer>]>>,
 }
 
 impl Snapshots {
@@ -81,19 +81,24 @@ impl Snapshots {
     }
 
     /// One that a record names.
-    pub(super) fn restore(&self, id: ContainerId, image: Digest, layers: Vec<Arc<Layer>>) {
+    pub(super) fn restore(&self, id: ContainerId, image: Digest, layers: Option<Vec<Arc<Layer>>>) {
         let snapshot = self.describe(&id, image, layers);
         self.known.lock().expect("no panic while it is held").insert(id, snapshot);
     }
 
-    fn describe(&self, id: &ContainerId, image: Digest, layers: Vec<Arc<Layer>>) -> Snapshot {
+    fn describe(
+        &self,
+        id: &ContainerId,
+        image: Digest,
+        layers: Option<Vec<Arc<Layer>>>,
+    ) -> Snapshot {
         let path = self.dirs.snapshots().join(id);
         Snapshot {
             image,
             dirs: self.dirs.clone(),
             upper: path.join("upper"),
             work: path.join("work"),
-            layers: layers.into(),
+            layers: layers.map(Into::into),
         }
     }
 
@@ -121,7 +126,7 @@ impl Snapshots {
             None => {
                 let numbers = layers.iter().map(|layer| layer.id()).collect();
                 self.store.add_snapshot(id, image, numbers).await?;
-                let snapshot = self.describe(id, image.clone(), layers);
+                let snapshot = self.describe(id, image.clone(), Some(layers));
                 let mut known = self.known.lock().expect("no panic while it is held");
                 known.insert(id.clone(), snapshot.clone());
                 snapshot
@@ -137,9 +142,11 @@ impl Snapshots {
     /// Directory, record, memory: a full disk has room for the record once the directory is gone.
     pub(super) async fn remove(&self, id: &ContainerId) -> Result<(), Error> {
         let path = self.dirs.snapshots().join(id);
-        super::blocking(move || tree::remove(&path))
-            .await?
-            .map_err(|source| Error::Snapshot { doing: "remove", id: id.clone(), source })?;
+        super::blocking(move || tree::remove(&path)).await?.map_err(|source| Error::Snapshot {
+            doing: "remove",
+            id: id.clone(),
+            source,
+        })?;
         self.store.remove_snapshot(id).await?;
         self.known.lock().expect("no panic while it is held").remove(id);
         Ok(())
@@ -175,7 +182,12 @@ impl Snapshot {
         make(&self.work)?;
         let upper = unpack::open_root(&self.upper)?;
         // The root directory of the mount is this one: it must look like the image's.
-        match self.layers.iter().rev().find(|layer| layer.record.root_listed) {
+        match self
+            .layers
+            .iter()
+            .flat_map(|layers| layers.iter().rev())
+            .find(|layer| layer.record.root_listed)
+        {
             Some(layer) => layers::copy_attributes(&unpack::open_root(&layer.path())?, &upper),
             None => Ok(rustix::fs::fchmod(&upper, Mode::from_raw_mode(0o755))?),
         }
@@ -184,7 +196,11 @@ impl Snapshot {
     /// Mounts it, attached nowhere yet. Blocks for a moment. A snapshot can be mounted once at a
     /// time.
     pub fn mount(&self, readonly: bool) -> Result<Mounted, Error> {
-        let mut lowers = layers::lowers(&self.layers);
+        let mount = |source| Error::Mount { upper: self.upper.clone(), source };
+        let layers = self.layers.as_ref().ok_or_else(|| {
+            mount(io::Error::new(io::ErrorKind::NotFound, "a layer of it is gone from the disk"))
+        })?;
+        let mut lowers = layers::lowers(layers);
         if lowers.is_empty() {
             lowers.push(EMPTY.to_owned());
         }
@@ -194,9 +210,7 @@ impl Snapshot {
             writable: Some((&self.upper, &self.work)),
             readonly,
         };
-        let fd = overlay
-            .mount(&self.dirs.ingest())
-            .map_err(|source| Error::Mount { upper: self.upper.clone(), source })?;
+        let fd = overlay.mount(&self.dirs.ingest()).map_err(mount)?;
         Ok(Mounted { fd })
     }
 }

@@ -133,7 +133,8 @@ pub fn inflate<'a>(source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
             Err(e) => return Err(e),
         }
     }
-    let rest = BufReader::with_capacity(64 << 10, io::Cursor::new(head).take(length as u64).chain(source));
+    let rest =
+        BufReader::with_capacity(64 << 10, io::Cursor::new(head).take(length as u64).chain(source));
     Ok(match head {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(rest)),
         // A frame, or a frame to be skipped.
@@ -186,7 +187,15 @@ struct Plain<R> {
 impl<R: Read> Plain<R> {
     fn new(source: R, limit: u64) -> Self {
         let buffer = vec![0; BUFFER].into_boxed_slice();
-        Self { source, buffer, start: 0, end: 0, hash: Sha256::new(), left: limit, too_large: false }
+        Self {
+            source,
+            buffer,
+            start: 0,
+            end: 0,
+            hash: Sha256::new(),
+            left: limit,
+            too_large: false,
+        }
     }
 }
 

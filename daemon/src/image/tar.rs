@@ -119,7 +119,7 @@ impl<R: BufRead> Archive<R> {
 
     /// The next entry, or `None` at the end of the archive. Data that is left of the current one
     /// is skipped.
-    pub fn next(&mut self) -> Result<Option<Entry>, Error> {
+    pub fn entry(&mut self) -> Result<Option<Entry>, Error> {
         let mut extended: Option<Pax> = None;
         let mut long_path = None;
         let mut long_link = None;
@@ -156,7 +156,7 @@ impl<R: BufRead> Archive<R> {
                 b'V' => self.begin(size),
                 _ => {
                     let pax = extended.unwrap_or_default();
-                    return self.entry(&header, size, &pax, long_path, long_link, at).map(Some);
+                    return self.describe(&header, size, &pax, long_path, long_link, at).map(Some);
                 }
             }
         }
@@ -267,7 +267,7 @@ impl<R: BufRead> Archive<R> {
         Ok(data)
     }
 
-    fn entry(
+    fn describe(
         &mut self,
         header: &Header<'_>,
         size: u64,
@@ -356,11 +356,12 @@ impl<R: BufRead> Archive<R> {
             }
         }
         let sparse_1 = record("GNU.sparse.major") == Some(b"1");
-        let pax_sparse = match (decimal("GNU.sparse.realsize", "sparse size")?, record("GNU.sparse.size")) {
-            (Some(size), _) => Some(size),
-            (None, Some(_)) => decimal("GNU.sparse.size", "sparse size")?,
-            (None, None) => None,
-        };
+        let pax_sparse =
+            match (decimal("GNU.sparse.realsize", "sparse size")?, record("GNU.sparse.size")) {
+                (Some(size), _) => Some(size),
+                (None, Some(_)) => decimal("GNU.sparse.size", "sparse size")?,
+                (None, None) => None,
+            };
         let map = record("GNU.sparse.map").map(<[u8]>::to_vec);
 
         // Types without data may still give a size (hard links of some writers): what then
@@ -452,7 +453,8 @@ impl<R: BufRead> Archive<R> {
             let lines = text.iter().filter(|b| **b == b'\n').count();
             if wanted.is_none() && lines > 0 {
                 let first = text.split(|b| *b == b'\n').next().unwrap_or_default();
-                let count = digits(first).filter(|n| *n <= MAX_PIECES as u64).ok_or_else(invalid)?;
+                let count =
+                    digits(first).filter(|n| *n <= MAX_PIECES as u64).ok_or_else(invalid)?;
                 wanted = Some(count as usize);
             }
             if let Some(count) = wanted
@@ -483,7 +485,7 @@ fn digits(text: &[u8]) -> Option<u64> {
 
 fn pairs<'a>(numbers: impl Iterator<Item = &'a [u8]>) -> Option<Vec<(u64, u64)>> {
     let numbers: Vec<u64> = numbers.map(digits).collect::<Option<_>>()?;
-    if numbers.len() % 2 != 0 || numbers.len() > MAX_PIECES * 2 {
+    if !numbers.len().is_multiple_of(2) || numbers.len() > MAX_PIECES * 2 {
         return None;
     }
     Some(numbers.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect())
@@ -538,7 +540,11 @@ impl Header<'_> {
             // Two's complement without the marking bit; bit 6 is the sign.
             let mut value: i128 = if field[0] & 0x40 != 0 { -1 } else { 0 };
             for (index, byte) in field.iter().enumerate() {
-                let byte = if index == 0 { byte & 0x7f | (if value < 0 { 0x80 } else { 0 }) } else { *byte };
+                let byte = if index == 0 {
+                    byte & 0x7f | (if value < 0 { 0x80 } else { 0 })
+                } else {
+                    *byte
+                };
                 value = (value << 8) | i128::from(byte);
             }
             return i64::try_from(value).ok();

@@ -63,7 +63,12 @@ pub fn remove_at(parent: BorrowedFd<'_>, name: &OsStr) -> io::Result<()> {
     }
 }
 
-fn empty(top: &OwnedFd, directory: BorrowedFd<'_>, depth: usize, moved: &mut u64) -> io::Result<()> {
+fn empty(
+    top: &OwnedFd,
+    directory: BorrowedFd<'_>,
+    depth: usize,
+    moved: &mut u64,
+) -> io::Result<()> {
     for (name, kind) in names(directory)? {
         if kind != FileType::Directory {
             match rustix::fs::unlinkat(directory, &name, AtFlags::empty()) {

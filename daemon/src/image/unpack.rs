@@ -26,8 +26,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, CWD, FileType, Gid, Mode, OFlags, RawMode, ResolveFlags, Timespec, Timestamps, Uid,
-        XattrFlags,
+        AtFlags, CWD, FileType, Gid, Mode, OFlags, RawMode, ResolveFlags, Timespec, Timestamps,
+        Uid, XattrFlags,
     },
     io::Errno,
 };
@@ -108,7 +108,7 @@ pub fn unpack<R: BufRead>(source: R, root: BorrowedFd<'_>) -> Result<Unpacked, E
     let mut layer =
         Layer { root, parent: None, directories: BTreeMap::new(), done: Unpacked::default() };
     layer.directories.insert(Vec::new(), Directory::default());
-    while let Some(entry) = archive.next()? {
+    while let Some(entry) = archive.entry()? {
         layer.place(entry, &mut archive)?;
     }
     archive.finish()?;
@@ -171,8 +171,11 @@ impl Layer<'_> {
                 return Ok(());
             }
             Kind::File => {
-                let flags =
-                    OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let flags = OFlags::CREATE
+                    | OFlags::EXCL
+                    | OFlags::WRONLY
+                    | OFlags::NOFOLLOW
+                    | OFlags::CLOEXEC;
                 let mode = Mode::RUSR | Mode::WUSR;
                 let open = || rustix::fs::openat(parent, name, flags, mode);
                 let file = match open() {
@@ -187,7 +190,8 @@ impl Layer<'_> {
                 let stored = copy(archive, &entry, &file)?;
                 self.count(stored);
                 rustix::fs::fchown(&file, uid(entry.uid), gid(entry.gid)).map_err(write)?;
-                rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode as RawMode)).map_err(write)?;
+                rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode as RawMode))
+                    .map_err(write)?;
                 for (name, value) in wanted_xattrs(&entry.xattrs) {
                     rustix::fs::fsetxattr(&file, name, value, XattrFlags::empty())
                         .or_else(|e| forgive(name, e))
@@ -203,7 +207,9 @@ impl Layer<'_> {
         // directory, so the name stays what was just made.
         let make = || match &entry.kind {
             Kind::Symlink(target) => rustix::fs::symlinkat(OsStr::from_bytes(target), parent, name),
-            Kind::Char(major, minor) => mknod(parent, name, FileType::CharacterDevice, *major, *minor),
+            Kind::Char(major, minor) => {
+                mknod(parent, name, FileType::CharacterDevice, *major, *minor)
+            }
             Kind::Block(major, minor) => mknod(parent, name, FileType::BlockDevice, *major, *minor),
             Kind::Fifo => mknod(parent, name, FileType::Fifo, 0, 0),
             Kind::Directory | Kind::File | Kind::HardLink(_) => unreachable!("made above"),
@@ -218,7 +224,8 @@ impl Layer<'_> {
         .map_err(write)?;
         self.count(0);
         let nofollow = AtFlags::SYMLINK_NOFOLLOW;
-        rustix::fs::chownat(parent, name, uid(entry.uid), gid(entry.gid), nofollow).map_err(write)?;
+        rustix::fs::chownat(parent, name, uid(entry.uid), gid(entry.gid), nofollow)
+            .map_err(write)?;
         if !matches!(entry.kind, Kind::Symlink(_)) {
             let mode = Mode::from_raw_mode(entry.mode as RawMode);
             rustix::fs::chmodat(parent, name, mode, AtFlags::empty()).map_err(write)?;
@@ -274,7 +281,8 @@ impl Layer<'_> {
             // A whiteout never hides what its own layer has (layer.md). A file hides what is
             // below by itself; a directory must say so.
             Err(Errno::EXIST) => {
-                let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(write)?;
+                let stat =
+                    rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(write)?;
                 if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
                     self.directories.entry(path).or_default().opaque = true;
                 }

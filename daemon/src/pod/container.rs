@@ -23,12 +23,13 @@ use super::{
     task::Effect,
 };
 use crate::{
+    config::CgroupDriver,
     error::chain,
     id::ContainerId,
     image::Image,
     shims::private_dir,
     spec::{self, NamespacePaths, PidNamespace, PodFiles},
-    store::pods::ContainerRecord,
+    store::pods::{ContainerRecord, PodRecord},
 };
 
 /// How long a container may still show itself after SIGKILL.
@@ -92,7 +93,9 @@ pub(super) async fn create(
             Ok(Effect::Created(Box::new(record)))
         }
         Err(error) => {
-            let undone = match take_away(&services, Some(&client), &record).await {
+            let undone = take_away(&services, Some(&client), &record).await;
+            remove_cgroup(&services, &view.record, &id).await;
+            let undone = match undone {
                 Ok(()) => services.store.delete_container(&id).await.map_err(Error::from),
                 Err(error) => Err(error),
             };
@@ -454,6 +457,26 @@ pub(super) async fn take_away(
     remove_dir(services.shims.container_bundle(id).dir()).await
 }
 
+/// Removes the cgroup of a container that was not made. crun leaves it when a limit is refused, and
+/// then knows no container that could be deleted. With systemd its slice goes when it is empty.
+async fn remove_cgroup(services: &Services, pod: &PodRecord, id: &ContainerId) {
+    if services.config.runtime.cgroup_driver != CgroupDriver::Cgroupfs {
+        return;
+    }
+    let path = spec::cgroups_path(&pod.config.cgroup_parent, &pod.id, id, CgroupDriver::Cgroupfs);
+    let work = move || {
+        let cgroup = Cgroup::at(&path)?;
+        if cgroup.exists() {
+            cgroup.kill()?;
+            cgroup.remove()?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
+        warn!(container = id.short(), %error, "a cgroup is left");
+    }
+}
+
 /// Takes away a container that a crash left half made.
 pub(super) async fn discard(
     services: Arc<Services>,
@@ -474,6 +497,7 @@ pub(super) async fn discard(
         }
     }
     take_away(&services, client.as_ref(), &record).await?;
+    remove_cgroup(&services, &pod.view().record, &record.id).await;
     Ok(Effect::Removed(record.id))
 }
 

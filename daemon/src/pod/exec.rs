@@ -1,6 +1,7 @@
-//! ExecSync: one command in a running container, its output and its exit code.
+//! Commands in a running container: [`Exec`] for whoever brings the streams, and [`sync`] for
+//! ExecSync, which gives output and exit code.
 //!
-//! Output comes through two named FIFOs that we make and the shim opens, as the shim contract has
+//! Streams come through two named FIFOs that we make and the shim opens, as the shim contract has
 //! it, so this works the same with a shim of somebody else.
 
 use std::{
@@ -43,19 +44,16 @@ struct Fifos {
 }
 
 impl Fifos {
-    fn make(dir: PathBuf) -> io::Result<Self> {
+    fn make(dir: PathBuf, names: &[&str]) -> io::Result<Self> {
         private_dir(&dir)?;
         let fifos = Self { dir };
-        for path in [fifos.stdout(), fifos.stderr()] {
-            nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600))?;
+        for name in names {
+            nix::unistd::mkfifo(&fifos.path(name), Mode::from_bits_truncate(0o600))?;
         }
         Ok(fifos)
     }
-    fn stdout(&self) -> PathBuf {
-        self.dir.join("stdout")
-    }
-    fn stderr(&self) -> PathBuf {
-        self.dir.join("stderr")
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
     }
 }
 
@@ -67,7 +65,167 @@ impl Drop for Fifos {
     }
 }
 
-/// Runs it. Always reaps it, whatever happens.
+/// What a command is run with.
+pub(crate) struct Terms {
+    pub(crate) command: Vec<String>,
+    pub(crate) tty: bool,
+    pub(crate) stdin: bool,
+}
+
+/// A command that the shim knows of.
+pub(crate) struct Exec {
+    client: Client,
+    container: ContainerId,
+    name: String,
+    _fifos: Fifos,
+}
+
+/// Our ends of its streams.
+pub(crate) struct Pipes {
+    pub(crate) stdin: Option<pipe::Sender>,
+    pub(crate) stdout: pipe::Receiver,
+    pub(crate) stderr: Option<pipe::Receiver>,
+}
+
+impl Exec {
+    /// Hands a command to the shim, which does not run it yet. Must be followed by [`Exec::reap`].
+    pub(crate) async fn register(
+        services: &Services,
+        pod: &Pod,
+        container: &ContainerView,
+        terms: Terms,
+    ) -> Result<(Self, Pipes), Error> {
+        let record = &container.record;
+        let id = &record.id;
+        if !matches!(record.state, ContainerState::Running { .. }) {
+            return Err(Error::Wrong {
+                id: id.clone(),
+                state: record.state.name(),
+                what: "a command can only be run in a running container",
+            });
+        }
+        let client = pod.client().await?;
+        let name = hex::encode(rand::random::<[u8; 16]>());
+
+        let config = services.shims.container_bundle(id).config();
+        let spec = std::fs::read(&config).map_err(io_at("read", &config))?;
+        let spec: oci_spec::runtime::Spec = serde_json::from_slice(&spec)
+            .map_err(|e| io_at("parse", &config)(io::Error::new(io::ErrorKind::InvalidData, e)))?;
+        let process = spec::process_for_exec(&spec, &terms.command, terms.tty);
+        let process = serde_json::to_vec(&process).expect("a process serialises");
+
+        let dir = services.config.state.join("exec").join(&name);
+        // A terminal has one output.
+        let names: &[&str] = match (terms.stdin, terms.tty) {
+            (false, false) => &["stdout", "stderr"],
+            (false, true) => &["stdout"],
+            (true, false) => &["stdin", "stdout", "stderr"],
+            (true, true) => &["stdin", "stdout"],
+        };
+        let fifos = Fifos::make(dir.clone(), names).map_err(io_at("make FIFOs in", &dir))?;
+        // Ours first, so that the shim's open does not wait for us.
+        let reader = |name| {
+            let path = fifos.path(name);
+            pipe::OpenOptions::new().open_receiver(&path).map_err(io_at("open", &path))
+        };
+        let pipes = Pipes {
+            stdin: match terms.stdin {
+                false => None,
+                true => {
+                    let path = fifos.path("stdin");
+                    // Read-write: there is no reader yet, and none must be waited for (fifo(7)).
+                    let open = pipe::OpenOptions::new().read_write(true).open_sender(&path);
+                    Some(open.map_err(io_at("open", &path))?)
+                }
+            },
+            stdout: reader("stdout")?,
+            stderr: if terms.tty { None } else { Some(reader("stderr")?) },
+        };
+        let path_if = |there: bool, name| match there {
+            true => fifos.path(name).display().to_string(),
+            false => String::new(),
+        };
+        let task = ExecTask {
+            terminal: terms.tty,
+            stdin: path_if(terms.stdin, "stdin"),
+            stdout: path_if(true, "stdout"),
+            stderr: path_if(!terms.tty, "stderr"),
+            process,
+        };
+        let exec = Self { client, container: id.clone(), name, _fifos: fifos };
+        exec.client
+            .exec(id.as_str(), &exec.name, task)
+            .await
+            .map_err(|source| exec.failed("exec in", source))?;
+        Ok((exec, pipes))
+    }
+
+    fn failed(&self, what: &'static str, source: holdfast_shim::client::Error) -> Error {
+        Error::Task { what, id: self.container.clone(), source }
+    }
+
+    /// Runs it.
+    pub(crate) async fn start(&self) -> Result<(), Error> {
+        let started = self.client.start(self.container.as_str(), &self.name).await;
+        started.map(drop).map_err(|source| self.failed("exec in", source))
+    }
+
+    /// Its exit code, when it has ended.
+    pub(crate) async fn wait(&self) -> Result<i32, Error> {
+        let exited = self.client.wait(self.container.as_str(), &self.name).await;
+        let exited = exited.map_err(|source| self.failed("wait for a command in", source))?;
+        Ok(exited.status as i32)
+    }
+
+    /// Sets the size of its terminal. That it has ended is no error.
+    pub(crate) async fn resize(&self, width: u16, height: u16) {
+        let (width, height) = (u32::from(width), u32::from(height));
+        let resized = self.client.resize(self.container.as_str(), &self.name, width, height).await;
+        self.note("resize the terminal of", resized);
+    }
+
+    /// Ends its standard input, once our own end is closed too.
+    pub(crate) async fn close_stdin(&self) {
+        let closed = self.client.close_stdin(self.container.as_str(), &self.name).await;
+        self.note("close the standard input of", closed);
+    }
+
+    /// Signals it; with SIGKILL its children too.
+    pub(crate) async fn signal(&self, signal: i32) {
+        let all = signal == libc::SIGKILL;
+        let (id, signal) = (self.container.as_str(), signal as u32);
+        let sent = self.client.kill(id, &self.name, signal, all).await;
+        self.note("signal", sent);
+    }
+
+    /// Kills it and waits until it is gone.
+    async fn end(&self) {
+        self.signal(libc::SIGKILL).await;
+        if tokio::time::timeout(AFTER_KILL, self.wait()).await.is_err() {
+            let container = self.container.short();
+            warn!(container, "a command still runs {AFTER_KILL:?} after SIGKILL");
+        }
+    }
+
+    /// Frees what the shim holds of it.
+    pub(crate) async fn reap(self) {
+        let deleted = self.client.delete(self.container.as_str(), &self.name).await;
+        self.note("delete", deleted);
+    }
+
+    fn note<T>(&self, what: &str, result: Result<T, holdfast_shim::client::Error>) {
+        match result {
+            Ok(_) => {}
+            // It, or its container, ended.
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => {}
+            Err(error) => {
+                warn!(container = self.container.short(), error = %chain(&error), "{what} a command");
+            }
+        }
+    }
+}
+
+/// Runs a command and gives its output. Always reaps it, whatever happens.
 pub(super) async fn sync(
     services: Arc<Services>,
     pod: Pod,
@@ -75,72 +233,38 @@ pub(super) async fn sync(
     command: Vec<String>,
     timeout: Option<Duration>,
 ) -> Result<ExecOutput, Error> {
-    let record = &container.record;
-    let id = &record.id;
-    if !matches!(record.state, ContainerState::Running { .. }) {
-        return Err(Error::Wrong {
-            id: id.clone(),
-            state: record.state.name(),
-            what: "a command can only be run in a running container",
-        });
-    }
     let begun = Instant::now();
-    let client = pod.client().await?;
-    let exec = hex::encode(rand::random::<[u8; 16]>());
-
-    let config = services.shims.container_bundle(id).config();
-    let spec = std::fs::read(&config).map_err(io_at("read", &config))?;
-    let spec: oci_spec::runtime::Spec = serde_json::from_slice(&spec)
-        .map_err(|e| io_at("parse", &config)(io::Error::new(io::ErrorKind::InvalidData, e)))?;
-    let process = spec::process_for_exec(&spec, &command, false);
-    let process = serde_json::to_vec(&process).expect("a process serialises");
-
-    let dir = services.config.state.join("exec").join(&exec);
-    let fifos = Fifos::make(dir.clone()).map_err(io_at("make FIFOs in", &dir))?;
-    // Readers first, so that the shim's open does not wait for us.
-    let open = |path: PathBuf| {
-        pipe::OpenOptions::new().open_receiver(&path).map_err(io_at("open", &path))
-    };
-    let (stdout, stderr) = (open(fifos.stdout())?, open(fifos.stderr())?);
-
-    let task = ExecTask {
-        terminal: false,
-        stdin: String::new(),
-        stdout: fifos.stdout().display().to_string(),
-        stderr: fifos.stderr().display().to_string(),
-        process,
-    };
-    let shim = |what| move |source| Error::Task { what, id: id.clone(), source };
-    client.exec(id.as_str(), &exec, task).await.map_err(shim("exec in"))?;
+    let terms = Terms { command, tty: false, stdin: false };
+    let (exec, pipes) = Exec::register(&services, &pod, &container, terms).await?;
     let result = async {
-        client.start(id.as_str(), &exec).await.map_err(shim("exec in"))?;
+        exec.start().await?;
         let limit = services.config.runtime.exec_output_limit;
-        let stdout = Stream::read(stdout, limit);
-        let stderr = Stream::read(stderr, limit);
-        let exited = client.wait(id.as_str(), &exec);
-        let exited = match timeout {
-            None => exited.await,
-            Some(after) => match timeout_at(begun + after, exited).await {
-                Ok(exited) => exited,
+        let stdout = Stream::read(pipes.stdout, limit);
+        let stderr = pipes.stderr.map(|stderr| Stream::read(stderr, limit));
+        let code = match timeout {
+            None => exec.wait().await?,
+            Some(after) => match timeout_at(begun + after, exec.wait()).await {
+                Ok(code) => code?,
                 Err(_) => {
-                    end(&client, id, &exec).await;
-                    return Err(Error::Timeout { what: "the command", id: id.clone(), after });
+                    exec.end().await;
+                    let id = container.record.id.clone();
+                    return Err(Error::Timeout { what: "the command", id, after });
                 }
             },
         };
-        let exited = exited.map_err(shim("wait for a command in"))?;
         // A child of the command may hold the pipes for ever: what it writes later is not ours.
         let drained = Instant::now() + services.config.runtime.exec_drain;
-        let (stdout, stderr) = tokio::join!(stdout.take(drained), stderr.take(drained));
-        Ok(ExecOutput { stdout, stderr, code: exited.status as i32 })
+        let stderr = async {
+            match stderr {
+                Some(stderr) => stderr.take(drained).await,
+                None => Vec::new(),
+            }
+        };
+        let (stdout, stderr) = tokio::join!(stdout.take(drained), stderr);
+        Ok(ExecOutput { stdout, stderr, code })
     }
     .await;
-    match client.delete(id.as_str(), &exec).await {
-        Ok(_) => {}
-        // The container ended, and its execs with it.
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => {}
-        Err(error) => warn!(container = id.short(), error = %chain(&error), "delete exec"),
-    }
+    exec.reap().await;
     result
 }
 
@@ -184,19 +308,5 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         self.reader.abort();
-    }
-}
-
-/// Kills the command and its children and waits until they are gone.
-async fn end(client: &Client, id: &ContainerId, exec: &str) {
-    if let Err(error) = client.kill(id.as_str(), exec, libc::SIGKILL as u32, true).await {
-        // Not found: it ended by itself just now.
-        if error.kind() != ErrorKind::NotFound {
-            warn!(container = id.short(), error = %chain(&error), "kill a command at its timeout");
-        }
-    }
-    let exited = tokio::time::timeout(AFTER_KILL, client.wait(id.as_str(), exec)).await;
-    if exited.is_err() {
-        warn!(container = id.short(), "a command still runs {AFTER_KILL:?} after SIGKILL");
     }
 }
