@@ -1,5 +1,8 @@
 //! Everything behind the CRI socket. [`run`] is the daemon; the binary only calls it.
 
+pub mod apparmor;
+pub mod cdi;
+pub mod classes;
 pub mod config;
 pub mod cri;
 pub mod error;
@@ -7,6 +10,7 @@ pub mod events;
 pub mod features;
 pub mod id;
 pub mod image;
+pub mod label;
 pub mod network;
 pub mod node;
 pub mod notify;
@@ -94,10 +98,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let images = Images::open(&config.root, config.images.clone(), store.clone()).await?;
     let network = Network::open(config.network.clone(), config.root.join("cni"))?;
     let shims = Arc::new(Shims::new(&config).map_err(at("make", &config.state))?);
+    let node = node::Node::discover()?;
     let services = Arc::new(Services {
+        apparmor: apparmor::load_default(&node).await,
+        cdi: cdi::Devices::new(config.runtime.cdi_spec_dirs.clone()),
+        blockio: classes::BlockIo::new(config.runtime.blockio_config.clone()),
         events: events::Events::default(),
         features: features::Features::discover(&config.runtime).await,
-        node: node::Node::discover()?,
+        node,
         store,
         images,
         network,

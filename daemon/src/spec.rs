@@ -630,4 +630,4 @@ fn annotations(input: &Input<'_>) -> HashMap<String, String> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -10,6 +10,7 @@ use std::{
 
 use holdfast_shim::{
     bundle::{Bundle, Namespace},
+    cgroup::Cgroup,
     client::{Client, CreateTask, ErrorKind},
 };
 use tracing::warn;
@@ -17,18 +18,20 @@ use tracing::warn;
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
+    extras, readback,
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
     volumes,
 };
 use crate::{
+    config::CgroupDriver,
     error::chain,
     id::ContainerId,
     image::{Image, Owners},
     shims::private_dir,
     spec::{self, NamespacePaths, PidNamespace, PodFiles},
-    store::pods::ContainerRecord,
+    store::pods::{ContainerRecord, PodRecord},
 };
 
 /// How long a container may still show itself after SIGKILL.
@@ -93,7 +96,9 @@ pub(super) async fn create(
             Ok(Effect::Created(Box::new(record)))
         }
         Err(error) => {
-            let undone = match take_away(&services, Some(&client), &record).await {
+            let undone = take_away(&services, Some(&client), &record).await;
+            remove_cgroup(&services, &view.record, &id).await;
+            let undone = match undone {
                 Ok(()) => services.store.delete_container(&id).await.map_err(Error::from),
                 Err(error) => Err(error),
             };
@@ -115,6 +120,8 @@ async fn make(
     volumes: &[volumes::Asked],
 ) -> Result<u32, Error> {
     let name = record.config.name.clone();
+    let command = spec::args::arguments(&record.config, &record.image).unwrap_or_default();
+    let command = command.into_iter().next().unwrap_or_default();
     let runtime = view.record.runtime.clone();
     let image_error = |source| Error::Image { name: name.clone(), source };
     let snapshot = services.images.create_snapshot(&record.id, image).await.map_err(image_error)?;
@@ -154,11 +161,8 @@ async fn make(
         options: Some(services.shims.runtime_options(&runtime)),
         checkpoint: String::new(),
     };
-    client.create(task).await.map_err(|source| Error::Task {
-        what: "create",
-        id: record.id.clone(),
-        source,
-    })
+    // The runtimes look for the command here already; not all of them name it.
+    client.create(task).await.map_err(|source| Error::Create { name, command, source })
 }
 
 #[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
@@ -212,6 +216,7 @@ fn prepare(
     let mut facts = crate::node::gather(&record.config)
         .map_err(|source| Error::Host { name: name.clone(), source })?;
     let made_dirs = MadeDirs(facts.created.clone());
+    extras::devices(services, pod, &record.config, &mut facts);
     volumes::owned_dir(bundle.dir(), user_namespace)?;
     for (index, source) in volumes::mount(bundle, &record.config, held, owners)? {
         facts.mounts[index].source = Some(source);
@@ -250,7 +255,8 @@ fn prepare(
         host: &facts,
         seccomp_localhost: localhost.as_deref(),
     };
-    let spec = spec::generate(&input).map_err(spec_error)?;
+    let mut spec = spec::generate(&input).map_err(spec_error)?;
+    extras::amend(services, pod, &record.config, &facts, &mut spec)?;
 
     let rootfs = bundle.rootfs();
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
@@ -488,6 +494,26 @@ pub(super) async fn take_away(
     remove_dir(services.shims.container_bundle(id).dir()).await
 }
 
+/// Removes the cgroup of a container that was not made. crun leaves it when a limit is refused, and
+/// then knows no container that could be deleted. With systemd its slice goes when it is empty.
+async fn remove_cgroup(services: &Services, pod: &PodRecord, id: &ContainerId) {
+    if services.config.runtime.cgroup_driver != CgroupDriver::Cgroupfs {
+        return;
+    }
+    let path = spec::cgroups_path(&pod.config.cgroup_parent, &pod.id, id, CgroupDriver::Cgroupfs);
+    let work = move || {
+        let cgroup = Cgroup::at(&path)?;
+        if cgroup.exists() {
+            cgroup.kill()?;
+            cgroup.remove()?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
+        warn!(container = id.short(), %error, "a cgroup is left");
+    }
+}
+
 /// Takes away a container that a crash left half made.
 pub(super) async fn discard(
     services: Arc<Services>,
@@ -508,7 +534,19 @@ pub(super) async fn discard(
         }
     }
     take_away(&services, client.as_ref(), &record).await?;
+    remove_cgroup(&services, &pod.view().record, &record.id).await;
     Ok(Effect::Removed(record.id))
+}
+
+/// Takes the CPU quota of a process's cgroup away, on version 1. Whether that was done.
+async fn remove_quota(pid: Option<u32>) -> bool {
+    let Some(pid) = pid else { return false };
+    let work = move || {
+        let cgroup = Cgroup::from_pid(pid).ok()?;
+        let dir = cgroup.controller("cpu")?;
+        std::fs::write(dir.join("cpu.cfs_quota_us"), "-1").ok()
+    };
+    tokio::task::spawn_blocking(work).await.is_ok_and(|done| done.is_some())
 }
 
 /// Changes a container's resources, in the kernel and in its record.
@@ -519,17 +557,31 @@ pub(super) async fn update(
     resources: Box<Resources>,
 ) -> Result<Effect, Error> {
     let id = record.id;
-    let merged = record.config.resources.merged(*resources);
+    let mut merged = record.config.resources.merged(*resources);
     if !record.state.is_exited() {
         let client = pod.client().await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
         let json = serde_json::to_vec(&linux).expect("resources serialise");
-        client.update(id.as_str(), json).await.map_err(|source| Error::Task {
-            what: "update",
-            id: id.clone(),
-            source,
-        })?;
+        let mut updated = client.update(id.as_str(), json).await;
+        // crun 1.8 cannot take a quota away on cgroup v1: it writes -1 as an unsigned number.
+        if updated.is_err() && merged.cpu_quota == -1 && remove_quota(record.state.pid()).await {
+            let rest = Resources { cpu_quota: 0, ..merged.clone() };
+            let linux = spec::update(&rest, &services.node)
+                .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
+            let json = serde_json::to_vec(&linux).expect("resources serialise");
+            updated = client.update(id.as_str(), json).await;
+        }
+        updated.map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;
+        if let Some(pid) = record.state.pid() {
+            // It may end any time: then what was asked is all there is to say.
+            let asked = merged.clone();
+            let seen = tokio::task::spawn_blocking(move || match Cgroup::from_pid(pid) {
+                Ok(cgroup) => readback::observed(asked, &cgroup),
+                Err(_) => asked,
+            });
+            merged = seen.await.map_err(|_| Error::Panicked)?;
+        }
     }
     Ok(Effect::Updated { id, resources: Box::new(merged) })
 }
