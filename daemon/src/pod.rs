@@ -429,9 +429,15 @@ impl Pods {
     /// it made.
     pub async fn run(&self, config: PodConfig, handler: &str) -> Shared<PodId> {
         let runtime = self.handler(handler).map_err(Arc::new)?;
-        let pod = self.reserve(config, handler, runtime).map_err(Arc::new)?;
-        pod.ask(task::Request::Run).await?;
-        Ok(pod.id)
+        loop {
+            let pod = self.reserve(config.clone(), handler, runtime.clone()).map_err(Arc::new)?;
+            match pod.ask(task::Request::Run).await {
+                Ok(_) => return Ok(pod.id),
+                // It was what a crash left of this pod, and is taken away now.
+                Err(error) if matches!(*error, Error::NoPod(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// The pod of that key; a new one if there is none.

@@ -19,13 +19,13 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-/// Common to both. Set before: `$dir`, `$verb`, `$errors` (the stream for errors) and `run`.
+/// Common to both. Set before: `$dir` and `$verb`, and how to `run` the real program and to `fail`.
 const GATE: &str = r#"
 count=$(grep -c "^$verb " "$dir/calls" 2>/dev/null)
 count=$((count + 1))
 echo "$verb $*" >> "$dir/calls"
 for mark in "$verb" "$verb.$count"; do
-  if [ -e "$dir/fail-$mark" ]; then cat "$dir/fail-$mark" >&"$errors"; exit 1; fi
+  if [ -e "$dir/fail-$mark" ]; then fail "$dir/fail-$mark"; exit 1; fi
   if [ -e "$dir/hang-$mark" ]; then
     echo "$verb $count" >> "$dir/hanging"
     while [ ! -e "$dir/release" ]; do sleep 0.05; done
@@ -129,14 +129,23 @@ pub struct GatedRuntime {
 impl GatedRuntime {
     pub(crate) fn install(ground: &Path) -> Result<Self> {
         let before = r#"
-errors=2
 verb=
+log=
+previous=
 for word in "$@"; do
+  if [ "$previous" = --log ]; then log=$word; fi
+  previous=$word
+  case $word in --log=*) log=${word#--log=} ;; esac
   case $word in
     create|start|exec|delete|kill|state|update|pause|resume|ps|features|checkpoint|restore|run) verb=$word; break ;;
   esac
 done
 run() { runc "$@"; }
+# As runc does: in its log, if it was given one, and on standard error.
+fail() {
+  [ -z "$log" ] || printf '{"level":"error","msg":"%s"}\n' "$(cat "$1")" >> "$log"
+  cat "$1" >&2
+}
 "#;
         let gate = Gate::install(ground.join("gated-runc"), "runc", before, r#"exec runc "$@""#)?;
         Ok(Self { gate })
@@ -161,11 +170,11 @@ impl GatedCni {
         // Named as the plugin, in a directory that is searched first. Errors of CNI plugins are JSON
         // on standard output; a `fail-` mark has that text.
         let before = r#"
-errors=1
 verb=$CNI_COMMAND
 real=/usr/lib/cni/bridge
 [ -x $real ] || real=/opt/cni/bin/bridge
 run() { $real; }
+fail() { cat "$1"; }
 "#;
         let gate = Gate::install(ground.join("cni"), "bridge", before, "exec $real")?;
         Ok(Self { gate })

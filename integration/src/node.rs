@@ -50,7 +50,6 @@ pub struct Builder {
     default_runtime: String,
     gated_runtime: bool,
     gated_cni: bool,
-    hugetlb: bool,
     config: String,
     runtime_config: String,
     network_config: String,
@@ -65,7 +64,6 @@ impl Default for Builder {
             default_runtime: "runc".into(),
             gated_runtime: false,
             gated_cni: false,
-            hugetlb: false,
             config: String::new(),
             runtime_config: String::new(),
             network_config: String::new(),
@@ -94,11 +92,6 @@ impl Builder {
     /// Puts a script before the bridge plugin that can be told to hang or fail.
     pub fn gated_cni(mut self) -> Self {
         self.gated_cni = true;
-        self
-    }
-    /// With limits for huge pages, on hosts where that takes a mount.
-    pub fn hugetlb(mut self) -> Self {
-        self.hugetlb = true;
         self
     }
     /// More of the configuration file: whole tables.
@@ -138,7 +131,7 @@ impl Builder {
     pub async fn start(self) -> Result<Node> {
         let binaries = binaries()?;
         let ground = Ground::new()?;
-        let hugetlb = Hugetlb::hold(self.hugetlb || self.default_runtime == "crun")?;
+        let hugetlb = Hugetlb::hold(self.default_runtime == "crun")?;
         let gated_cni = if self.gated_cni { Some(GatedCni::install(ground.path())?) } else { None };
         let gated_runtime =
             if self.gated_runtime { Some(GatedRuntime::install(ground.path())?) } else { None };

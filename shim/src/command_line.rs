@@ -408,6 +408,7 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
     if !shim_answers(bundle) {
         namespaces::remove(bundle);
         let _ = fs::remove_file(bundle.io_socket());
+        remove_dead_socket(bundle);
     }
     if !problems.is_empty() {
         return Err(problems.join("; "));
@@ -425,6 +426,21 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
 fn shim_answers(bundle: &Bundle) -> bool {
     fs::read_to_string(bundle.address())
         .is_ok_and(|address| UnixStream::connect(address.trim_start_matches("unix://")).is_ok())
+}
+
+/// Removes the socket that a shim which was killed has left. A bundle of a container names its pod's
+/// socket, which is not to go while that shim lives.
+fn remove_dead_socket(bundle: &Bundle) {
+    let Ok(address) = fs::read_to_string(bundle.address()) else { return };
+    let Some(path) = address.trim().strip_prefix("unix://").filter(|path| path.starts_with('/'))
+    else {
+        return;
+    };
+    let refused = UnixStream::connect(path)
+        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    if refused {
+        let _ = fs::remove_file(path);
+    }
 }
 
 /// Kills a container whose shim is gone, and waits until it is.

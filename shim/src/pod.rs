@@ -314,6 +314,8 @@ pub(crate) struct Pod {
     pub(crate) runtime: Runtime,
     containers: Mutex<BTreeMap<String, Slot>>,
     pub(crate) sandbox: Mutex<Option<Sandbox>>,
+    /// A container that was being made is made, or not.
+    made: Notify,
     /// Somebody asked the shim to exit, or its reason to be may have gone.
     pub(crate) leave: Notify,
     pub(crate) leaving: AtomicBool,
@@ -365,6 +367,7 @@ impl Pod {
             runtime,
             containers: Mutex::default(),
             sandbox: Mutex::default(),
+            made: Notify::new(),
             leave: Notify::new(),
             leaving: AtomicBool::new(false),
             calls: AtomicUsize::new(0),
@@ -376,6 +379,21 @@ impl Pod {
         match lock(&self.containers).get(id) {
             Some(Slot::Made(container)) => Ok(container.clone()),
             Some(Slot::Taken) | None => Err(Error::NotFound(format!("container {id}"))),
+        }
+    }
+
+    /// The same, once it is made if it is being made: whoever takes away what a daemon that was killed
+    /// had begun must not miss it.
+    async fn settled(&self, id: &str) -> Called<Arc<Container>> {
+        loop {
+            // Before the look, so that no change after it is missed.
+            let changed = self.made.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if !matches!(lock(&self.containers).get(id), Some(Slot::Taken)) {
+                return self.container(id);
+            }
+            changed.await;
         }
     }
 
@@ -414,6 +432,7 @@ impl Pod {
             lock(&self.containers).remove(&id);
             self.leave.notify_one();
         }
+        self.made.notify_waiters();
         made
     }
 
@@ -848,7 +867,7 @@ impl Pod {
 
     /// Removes a container that has ended (or never began), or an exec.
     pub(crate) async fn delete(self: &Arc<Self>, id: &str, exec: &str) -> Called<Ended> {
-        let container = self.container(id)?;
+        let container = self.settled(id).await?;
         let never = || Ended { pid: 0, status: 0, at: SystemTime::now() };
         if !exec.is_empty() {
             let ended = match container.process(exec)?.stage() {
@@ -929,7 +948,7 @@ impl Pod {
             .ok()
             .filter(|signal| (1..=64).contains(signal))
             .ok_or_else(|| Error::Invalid(format!("signal {signal}: there are 1 to 64")))?;
-        let container = self.container(id)?;
+        let container = self.settled(id).await?;
         let name = container.name(exec);
         let process = container.process(exec)?;
         if let Stage::Ended(_) = process.stage() {

@@ -76,6 +76,12 @@ pub(super) fn pod_config(config: cri::PodSandboxConfig) -> Result<PodConfig> {
             "the kernel takes at most 64 bytes (sethostname(2))",
         ));
     }
+    if hostname.bytes().any(|b| b.is_ascii_whitespace() || b.is_ascii_control() || b == b'/') {
+        return Err(invalid(
+            "config.hostname",
+            "a host name has no space, slash or control character",
+        ));
+    }
     let log_directory = match config.log_directory.is_empty() {
         true => PathBuf::new(),
         false => absolute("config.log_directory", &config.log_directory)?,
@@ -727,10 +733,9 @@ mod tests {
     fn what_is_wrong_with_a_pod_is_named() {
         assert!(pod_config(pod()).is_ok());
         refused(pod_config(cri::PodSandboxConfig::default()), "metadata");
-        refused(
-            pod_config(cri::PodSandboxConfig { hostname: "x".repeat(65), ..pod() }),
-            "hostname",
-        );
+        for hostname in ["x".repeat(65), "a b".into(), "a/b".into(), "a\n127.0.0.1 b".into()] {
+            refused(pod_config(cri::PodSandboxConfig { hostname, ..pod() }), "hostname");
+        }
         refused(
             pod_config(cri::PodSandboxConfig { log_directory: "logs".into(), ..pod() }),
             "log_directory",

@@ -234,10 +234,33 @@ pub(super) async fn sync(
     timeout: Option<Duration>,
 ) -> Result<ExecOutput, Error> {
     let begun = Instant::now();
+    let id = container.record.id.clone();
+    let timed_out = |after| Error::Timeout { what: "the command", id: id.clone(), after };
     let terms = Terms { command, tty: false, stdin: false };
     let (exec, pipes) = Exec::register(&services, &pod, &container, terms).await?;
+    let mut starting = Box::pin(async move {
+        let started = exec.start().await;
+        (exec, started)
+    });
+    let (exec, started) = match timeout {
+        None => starting.await,
+        Some(after) => match timeout_at(begun + after, &mut starting).await {
+            Ok(done) => done,
+            Err(_) => {
+                // The runtime is slow, or hangs. The answer does not wait for it, the clean-up does.
+                tokio::spawn(async move {
+                    let (exec, started) = starting.await;
+                    if started.is_ok() {
+                        exec.end().await;
+                    }
+                    exec.reap().await;
+                });
+                return Err(timed_out(after));
+            }
+        },
+    };
     let result = async {
-        exec.start().await?;
+        started?;
         let limit = services.config.runtime.exec_output_limit;
         let stdout = Stream::read(pipes.stdout, limit);
         let stderr = pipes.stderr.map(|stderr| Stream::read(stderr, limit));
@@ -247,8 +270,7 @@ pub(super) async fn sync(
                 Ok(code) => code?,
                 Err(_) => {
                     exec.end().await;
-                    let id = container.record.id.clone();
-                    return Err(Error::Timeout { what: "the command", id, after });
+                    return Err(timed_out(after));
                 }
             },
         };

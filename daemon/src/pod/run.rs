@@ -63,7 +63,7 @@ pub(super) async fn bring_up(
 
 async fn undo(services: &Arc<Services>, record: &PodRecord) {
     // What cannot be undone now keeps its record, and is tried again at the next start.
-    let undone = tear_down(services, record, None).await;
+    let undone = take_away(services, record).await;
     let forgotten = match undone {
         Ok(()) => services.store.delete_pod(&record.id).await.map_err(Error::from),
         Err(error) => Err(error),
@@ -78,8 +78,14 @@ pub(super) async fn discard(
     services: Arc<Services>,
     record: Arc<PodRecord>,
 ) -> Result<Effect, Error> {
-    tear_down(&services, &record, None).await?;
+    take_away(&services, &record).await?;
     Ok(Effect::Gone)
+}
+
+/// Takes away all of a pod that never had a container. May be repeated.
+async fn take_away(services: &Arc<Services>, record: &PodRecord) -> Result<(), Error> {
+    tear_down(services, record, None).await?;
+    remove_dir(services.shims.pod_bundle(&record.id).dir()).await
 }
 
 async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error> {
@@ -125,7 +131,10 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
             cgroup_parent: config.cgroup_parent.clone(),
         };
         let attached = services.network.attach(&attach).await;
-        attached.map_err(|source| Error::Network { id: id.clone(), source })?.ips
+        let ips = attached.map_err(|source| Error::Network { id: id.clone(), source })?.ips;
+        let path = bundle.hosts();
+        fs::write(&path, hosts(&hostname(config), &ips)).map_err(io_at("write", &path))?;
+        ips
     };
     Ok(Up { endpoint, client, ips })
 }
@@ -164,6 +173,17 @@ fn hostname(config: &PodConfig) -> String {
     }
 }
 
+/// /etc/hosts of a pod with a network of its own: itself, and nothing of the node's. The kubelet
+/// mounts one of its own over it.
+fn hosts(name: &str, ips: &[IpAddr]) -> String {
+    let mut text =
+        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    for ip in ips {
+        text.push_str(&format!("{ip}\t{name}\n"));
+    }
+    text
+}
+
 /// resolv.conf, hostname, hosts and /dev/shm of a pod, in its bundle.
 fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
     let write = |path: &Path, text: &str| fs::write(path, text).map_err(io_at("write", path));
@@ -177,7 +197,9 @@ fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
         false => hostname(config),
     };
     write(&bundle.hostname(), &format!("{name}\n"))?;
-    write(&bundle.hosts(), &node_file("/etc/hosts"))?;
+    // A pod with a network of its own gets its addresses once it has them.
+    let hosts = if host_network { node_file("/etc/hosts") } else { String::new() };
+    write(&bundle.hosts(), &hosts)?;
     let resolv = match &config.dns {
         Some(dns)
             if !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()) =>

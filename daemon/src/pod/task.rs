@@ -347,7 +347,8 @@ impl Owner {
     fn must_wait(&self, request: &Request) -> bool {
         let mut running = self.running.values();
         match request {
-            Request::Run => false,
+            // What a crash left of it goes first; then there is no such pod, and a new one is made.
+            Request::Run => running.any(|op| *op == Op::Discard(None)),
             Request::Create { .. } => running.any(|op| *op == Op::Discard(None)),
             Request::Start { id } | Request::Update { id, .. } => running.any(|op| {
                 op.touches(id) && !matches!(op, Op::Start(_)) || matches!(op, Op::RemovePod)
@@ -358,7 +359,10 @@ impl Owner {
             Request::UpdatePod { .. } => running.any(|op| {
                 matches!(op, Op::Run | Op::UpdatePod | Op::RemovePod | Op::Discard(None))
             }),
-            Request::StopPod => running.any(|op| matches!(op, Op::Run | Op::RemovePod)),
+            // A shim does not go before its last container, known or not.
+            Request::StopPod => {
+                running.any(|op| matches!(op, Op::Run | Op::RemovePod | Op::Discard(_)))
+            }
             Request::RemovePod => {
                 running.any(|op| op.holds_the_pod() && !matches!(op, Op::RemovePod))
             }
