@@ -126,6 +126,12 @@ pub struct Runtime {
     pub exec_output_limit: usize,
     /// `pids.max` of a container that is not given one; 0: unlimited.
     pub pids_limit: i64,
+    /// Where CDI specifications are; a later directory goes before an earlier one.
+    pub cdi_spec_dirs: Vec<PathBuf>,
+    /// A container's devices belong to its runAsUser and runAsGroup.
+    pub device_ownership_from_security_context: bool,
+    /// A file of block I/O classes.
+    pub blockio_config: Option<PathBuf>,
 }
 
 /// A runtime handler.
@@ -135,6 +141,8 @@ pub enum Handler {
     Oci {
         /// Name or path of the program.
         path: PathBuf,
+        /// A privileged container gets only the devices that it asks for.
+        privileged_without_host_devices: bool,
     },
     /// Another implementation of containerd's shim v2.
     Foreign {
@@ -278,7 +286,7 @@ impl Config {
     /// default configuration names both runc and crun, and a node may have but one of them.
     pub fn missing_programs(&self) -> Vec<(String, PathBuf)> {
         let handlers = self.runtime.handlers.iter().map(|(name, handler)| match handler {
-            Handler::Oci { path } => (format!("runtime.handlers.{name}.path"), path.clone()),
+            Handler::Oci { path, .. } => (format!("runtime.handlers.{name}.path"), path.clone()),
             Handler::Foreign { shim } => (format!("runtime.handlers.{name}.shim"), shim.clone()),
         });
         std::iter::once(("runtime.shim".to_owned(), self.runtime.shim.clone()))
@@ -357,6 +365,11 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
                 0,
                 i64::from(i32::MAX),
             )?,
+            cdi_spec_dirs: key("runtime.cdi_spec_dirs").paths(&raw.runtime.cdi_spec_dirs)?,
+            device_ownership_from_security_context: raw
+                .runtime
+                .device_ownership_from_security_context,
+            blockio_config: key("runtime.blockio_config").optional(&raw.runtime.blockio_config)?,
         },
         metrics_address: match raw.metrics.address.as_str() {
             "" => None,
@@ -430,8 +443,17 @@ fn handlers(
             ));
         }
         let handler = match (handler.path, handler.shim) {
-            (Some(path), None) => {
-                Handler::Oci { path: Key { layers, key: format!("{key}.path") }.program(&path)? }
+            (Some(path), None) => Handler::Oci {
+                path: Key { layers, key: format!("{key}.path") }.program(&path)?,
+                privileged_without_host_devices: handler
+                    .privileged_without_host_devices
+                    .unwrap_or_default(),
+            },
+            (None, Some(_)) if handler.privileged_without_host_devices.is_some() => {
+                return Err(at.bad(
+                    "{ privileged_without_host_devices, shim }",
+                    "privileged_without_host_devices needs `path`: a foreign shim decides for itself",
+                ));
             }
             (None, Some(shim)) => Handler::Foreign {
                 shim: Key { layers, key: format!("{key}.shim") }.program(&shim)?,
@@ -657,16 +679,28 @@ fn raw_of(config: &Config) -> RawConfig {
             exec_drain: units::format_duration(config.runtime.exec_drain),
             exec_output_limit: units::format_size(config.runtime.exec_output_limit as u64),
             pids_limit: config.runtime.pids_limit,
+            cdi_spec_dirs: config.runtime.cdi_spec_dirs.iter().map(|d| text(d)).collect(),
+            device_ownership_from_security_context: config
+                .runtime
+                .device_ownership_from_security_context,
+            blockio_config: config.runtime.blockio_config.as_deref().map(text).unwrap_or_default(),
             handlers: config
                 .runtime
                 .handlers
                 .iter()
                 .map(|(name, handler)| {
                     let raw = match handler {
-                        Handler::Oci { path } => RawHandler { path: Some(text(path)), shim: None },
-                        Handler::Foreign { shim } => {
-                            RawHandler { path: None, shim: Some(text(shim)) }
-                        }
+                        Handler::Oci { path, privileged_without_host_devices } => RawHandler {
+                            path: Some(text(path)),
+                            shim: None,
+                            privileged_without_host_devices: privileged_without_host_devices
+                                .then_some(true),
+                        },
+                        Handler::Foreign { shim } => RawHandler {
+                            path: None,
+                            shim: Some(text(shim)),
+                            privileged_without_host_devices: None,
+                        },
                     };
                     (name.clone(), raw)
                 })

@@ -452,9 +452,14 @@ impl RuntimeService for Service {
 
     async fn update_pod_sandbox_resources(
         &self,
-        _: Request<cri::UpdatePodSandboxResourcesRequest>,
+        request: Request<cri::UpdatePodSandboxResourcesRequest>,
     ) -> Answer<cri::UpdatePodSandboxResourcesResponse> {
-        not_built("UpdatePodSandboxResources")
+        let request = request.into_inner();
+        let id = id("pod_sandbox_id", request.pod_sandbox_id)?;
+        let overhead = request.overhead.map(convert::resources);
+        let resources = request.resources.map(convert::resources);
+        self.pods.update_pod(&id, overhead, resources).await.map_err(failed)?;
+        Ok(Response::new(cri::UpdatePodSandboxResourcesResponse {}))
     }
 
     type StreamPodSandboxesStream = streams::Answers<cri::StreamPodSandboxesResponse>;

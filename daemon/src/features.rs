@@ -27,7 +27,7 @@ impl Features {
     /// installed, is taken to be of OCI 1.0.2.
     pub async fn discover(runtime: &Runtime) -> Self {
         let paths = runtime.handlers.values().filter_map(|handler| match handler {
-            Handler::Oci { path } => Some(path.clone()),
+            Handler::Oci { path, .. } => Some(path.clone()),
             Handler::Foreign { .. } => None,
         });
         let asked = paths.map(|path| async move {

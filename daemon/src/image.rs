@@ -59,7 +59,7 @@ use self::{
 pub use self::{
     pull::{LayerProgress, Phase, Progress},
     registry::Auth,
-    snapshots::{Mounted, Snapshot},
+    snapshots::{ImageVolume, Mounted, Owners, Snapshot},
 };
 use crate::{
     config,
@@ -121,11 +121,21 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// The overlay mount.
-    #[error("mount overlay with {upper}")]
+    /// A mount of layers.
+    #[error("mount layers with {path}")]
     Mount {
-        /// Its writable layer.
-        upper: PathBuf,
+        /// The writable layer, or where the layers are.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The layers cannot be given to a user namespace.
+    #[error(
+        "user namespaces need id-mapped mounts: this kernel, or the file system of {path}, does not allow them"
+    )]
+    Unmapped {
+        /// The writable layer, or where the layers are.
+        path: PathBuf,
         /// Why.
         source: io::Error,
     },
@@ -162,6 +172,7 @@ impl Kinded for Error {
             Error::Import(source) => source.kind(),
             Error::OtherSnapshot { .. } => Kind::AlreadyExists,
             Error::Gone(_) => Kind::NotFound,
+            Error::Unmapped { .. } => Kind::Precondition,
             Error::Open { source, .. }
             | Error::Snapshot { source, .. }
             | Error::Mount { source, .. }
@@ -341,6 +352,12 @@ impl Images {
         for snapshot in stored.snapshots {
             let held: Option<Vec<_>> =
                 snapshot.layers.iter().map(|number| restored.get(number).cloned()).collect();
+            if let Some((container, _)) = snapshot.container.split_once('/') {
+                if let Ok(id) = container.parse() {
+                    snapshots.restore_volume(id, held.unwrap_or_default());
+                }
+                continue;
+            }
             let (Ok(id), Ok(image)) = (snapshot.container.parse(), snapshot.image.parse()) else {
                 continue;
             };
@@ -508,14 +525,32 @@ impl Images {
         self.shared.snapshots.get(id)
     }
 
-    /// Removes the root file system of a container, which must be unmounted. That there is none is
-    /// no error.
+    /// Keeps the layers of an image that a container mounts by its mount of this number, for as long
+    /// as the container has a root file system.
+    pub async fn hold_volume(
+        &self,
+        id: &ContainerId,
+        mount: usize,
+        image: &Image,
+    ) -> Result<ImageVolume, Error> {
+        let (shared, id) = (self.shared.clone(), id.clone());
+        let (image, layers) = (image.id.clone(), image.layers.clone());
+        joined(
+            self.shared
+                .tasks
+                .spawn(async move { shared.snapshots.hold(&id, mount, &image, layers).await }),
+        )
+        .await?
+    }
+
+    /// Removes the root file system of a container, which must be unmounted, and lets go of its
+    /// image volumes. That there is none is no error.
     pub async fn remove_snapshot(&self, id: &ContainerId) -> Result<(), Error> {
         let (shared, id) = (self.shared.clone(), id.clone());
         joined(self.shared.tasks.spawn(async move { shared.snapshots.remove(&id).await })).await?
     }
 
-    /// Containers that have a root file system.
+    /// Containers that have a root file system or image volumes.
     pub fn snapshots(&self) -> Vec<ContainerId> {
         self.shared.snapshots.ids()
     }

@@ -1,5 +1,8 @@
 //! Everything behind the CRI socket. [`run`] is the daemon; the binary only calls it.
 
+pub mod apparmor;
+pub mod cdi;
+pub mod classes;
 pub mod config;
 pub mod cri;
 pub mod error;
@@ -7,10 +10,12 @@ pub mod events;
 pub mod features;
 pub mod id;
 pub mod image;
+pub mod label;
 pub mod network;
 pub mod node;
 pub mod notify;
 pub mod pod;
+mod serve;
 pub mod shims;
 pub mod spec;
 pub mod stats;
@@ -31,7 +36,8 @@ use holdfast_protos::{
 };
 use holdfast_shim::events::{Event, serve as serve_events};
 use tokio::net::UnixListener;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
 use tracing::{info, warn};
 
 use crate::{
@@ -40,7 +46,7 @@ use crate::{
     image::Images,
     network::Network,
     pod::{Pods, Services},
-    shims::{Shims, private_dir},
+    shims::{Shims, passable_dir},
     store::Store,
 };
 
@@ -74,8 +80,6 @@ pub enum Error {
     Pods(#[from] pod::Error),
     #[error("streaming server")]
     Streaming(#[from] holdfast_streaming::Error),
-    #[error("CRI server")]
-    Serve(#[from] tonic::transport::Error),
 }
 
 fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -85,18 +89,23 @@ fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
 
 /// Runs the daemon until `shutdown` is ready. Pods and containers outlive it.
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    private_dir(&config.root).map_err(at("make", &config.root))?;
-    private_dir(&config.state).map_err(at("make", &config.state))?;
+    // What must not be seen in them is closed itself.
+    passable_dir(&config.root).map_err(at("make", &config.root))?;
+    passable_dir(&config.state).map_err(at("make", &config.state))?;
     let _lock = lock(&config.state)?;
 
     let store = Store::open(&config.root.join("holdfast.db"))?;
     let images = Images::open(&config.root, config.images.clone(), store.clone()).await?;
     let network = Network::open(config.network.clone(), config.root.join("cni"))?;
     let shims = Arc::new(Shims::new(&config).map_err(at("make", &config.state))?);
+    let node = node::Node::discover()?;
     let services = Arc::new(Services {
+        apparmor: apparmor::load_default(&node).await,
+        cdi: cdi::Devices::new(config.runtime.cdi_spec_dirs.clone()),
+        blockio: classes::BlockIo::new(config.runtime.blockio_config.clone()),
         events: events::Events::default(),
         features: features::Features::discover(&config.runtime).await,
-        node: node::Node::discover()?,
+        node,
         store,
         images,
         network,
@@ -144,23 +153,19 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         let _ = streams_end.await;
     }));
     let service = cri::Service::new(pods.clone(), streaming);
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = tonic::transport::Server::builder()
-        .add_service(
-            RuntimeServiceServer::new(service.clone())
-                .max_decoding_message_size(MESSAGE_LIMIT)
-                .max_encoding_message_size(MESSAGE_LIMIT),
-        )
-        .add_service(
-            ImageServiceServer::new(service.clone())
-                .max_decoding_message_size(MESSAGE_LIMIT)
-                .max_encoding_message_size(MESSAGE_LIMIT),
-        )
-        .add_service(AdminServer::new(service).max_decoding_message_size(MESSAGE_LIMIT))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
-            let _ = stopped.await;
-        });
-    let mut server = tokio::spawn(server);
+    let routes = Routes::new(
+        RuntimeServiceServer::new(service.clone())
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT),
+    )
+    .add_service(
+        ImageServiceServer::new(service.clone())
+            .max_decoding_message_size(MESSAGE_LIMIT)
+            .max_encoding_message_size(MESSAGE_LIMIT),
+    )
+    .add_service(AdminServer::new(service).max_decoding_message_size(MESSAGE_LIMIT));
+    let stop = CancellationToken::new();
+    let mut server = tokio::spawn(serve::serve(listener, routes, stop.clone()));
     info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
     notify::ready();
 
@@ -169,22 +174,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         tokio::spawn(async move { pods.sweep().await })
     };
 
-    tokio::select! {
-        // A server that broke off is told of even if the end was asked for meanwhile.
-        biased;
-        ended = &mut server => {
-            ended.unwrap_or(Ok(()))?;
-            warn!("the CRI server ended by itself");
-        }
-        () = shutdown => {}
-    }
+    shutdown.await;
     info!("ending; pods go on");
     notify::stopping();
     sweeper.abort();
-    let _ = stop.send(());
+    stop.cancel();
     let _ = end_streams.send(());
     // Requests first: what they wait for is still being done.
-    if !server.is_finished() && tokio::time::timeout(GOODBYE, &mut server).await.is_err() {
+    if tokio::time::timeout(GOODBYE, &mut server).await.is_err() {
         server.abort();
     }
     if tokio::time::timeout(GOODBYE, streams).await.is_err() {

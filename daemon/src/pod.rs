@@ -13,10 +13,13 @@
 pub mod config;
 mod container;
 pub(crate) mod exec;
+mod extras;
+mod readback;
 mod recover;
 mod run;
 pub mod state;
 mod task;
+mod volumes;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -33,10 +36,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 pub use exec::ExecOutput;
 
 use crate::{
+    cdi, classes,
     config::{Config, Handler},
     error::{Kind, Kinded},
     id::{ContainerId, PodId},
     image::{self, Images},
+    label,
     network::{self, Network},
     node::{self, Node},
     pod::{
@@ -97,6 +102,16 @@ pub enum Error {
     Shim { what: &'static str, id: PodId, source: client::Error },
     #[error("{what} container {id}")]
     Task { what: &'static str, id: ContainerId, source: client::Error },
+    #[error("mounts[{index}].image_sub_path: {path:?} of image {image:?}")]
+    SubPath { index: usize, path: String, image: String, source: io::Error },
+    #[error("volume {path:?} that the image declares")]
+    Volume { path: String, source: io::Error },
+    #[error(
+        "pod {id}: user namespaces need Linux 5.19 for id-mapped layers, this node has {major}.{minor}"
+    )]
+    NoMappedLayers { id: PodId, major: u32, minor: u32 },
+    #[error("container {name:?} with command {command:?} cannot be made")]
+    Create { name: String, command: String, source: client::Error },
     #[error("network of pod {id}")]
     Network { id: PodId, source: network::Error },
     #[error("image of container {name:?}")]
@@ -105,6 +120,12 @@ pub enum Error {
     Spec { name: String, source: spec::Error },
     #[error("container {name:?}")]
     Host { name: String, source: node::Error },
+    #[error("container {name:?}")]
+    Cdi { name: String, source: cdi::Error },
+    #[error("container {name:?}")]
+    Class { name: String, source: classes::Error },
+    #[error("container {name:?}")]
+    Label { name: String, source: label::Error },
     #[error("{what} {path}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
     #[error("record of pod")]
@@ -125,15 +146,37 @@ impl Kinded for Error {
             Error::ForeignHandler(_) => Kind::Unsupported,
             Error::Unreachable(_) | Error::Closed => Kind::Unavailable,
             Error::StillRuns { .. } | Error::Timeout { .. } => Kind::Deadline,
-            Error::Shim { source, .. } | Error::Task { source, .. } => shim_kind(source),
+            Error::Shim { source, .. }
+            | Error::Task { source, .. }
+            | Error::Create { source, .. } => shim_kind(source),
             Error::Network { source, .. } => source.kind(),
             Error::Image { source, .. } => source.kind(),
             Error::Spec { source, .. } => source.kind(),
             Error::Host { source, .. } => source.kind(),
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+            Error::Cdi { source, .. } => source.kind(),
+            Error::Class { source, .. } => source.kind(),
+            Error::Label { source, .. } => source.kind(),
+            Error::NoMappedLayers { .. } => Kind::Precondition,
+            Error::SubPath { source, .. } | Error::Volume { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::InvalidInput
+                        | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                Kind::Invalid
+            }
+            Error::SubPath { source, .. }
+            | Error::Volume { source, .. }
+            | Error::Io { source, .. }
+                if source.kind() == io::ErrorKind::StorageFull =>
+            {
                 Kind::Exhausted
             }
-            Error::Io { .. } | Error::Panicked => Kind::Internal,
+            Error::SubPath { .. } | Error::Volume { .. } | Error::Io { .. } | Error::Panicked => {
+                Kind::Internal
+            }
             Error::Store(source) => source.kind(),
         }
     }
@@ -173,6 +216,12 @@ pub struct Services {
     pub events: crate::events::Events,
     /// What each OCI runtime can do, by its path.
     pub features: crate::features::Features,
+    /// CDI devices of the node.
+    pub cdi: cdi::Devices,
+    /// Classes of block I/O.
+    pub blockio: classes::BlockIo,
+    /// What became of the default AppArmor profile.
+    pub apparmor: crate::apparmor::State,
 }
 
 /// A pod as it is now.
@@ -367,7 +416,7 @@ impl Pods {
         let runtime = &self.services.config.runtime;
         let name = if name.is_empty() { &runtime.default } else { name };
         match runtime.handlers.get(name) {
-            Some(Handler::Oci { path }) => Ok(path.clone()),
+            Some(Handler::Oci { path, .. }) => Ok(path.clone()),
             Some(Handler::Foreign { .. }) => Err(Error::ForeignHandler(name.to_owned())),
             None => Err(Error::NoHandler {
                 name: name.to_owned(),
@@ -490,6 +539,19 @@ impl Pods {
         let (pod, container) = self.find_container(id).map_err(Arc::new)?;
         let id = container.record.id.clone();
         pod.ask(task::Request::Update { id, resources: Box::new(resources) }).await.map(drop)
+    }
+
+    /// Keeps a pod's new overhead and the new sum of its containers' resources. The pod's cgroup is
+    /// the kubelet's, which has set it already.
+    pub async fn update_pod(
+        &self,
+        id: &str,
+        overhead: Option<Resources>,
+        resources: Option<Resources>,
+    ) -> Shared<()> {
+        let pod = self.find(id).map_err(Arc::new)?;
+        let change = Box::new((overhead, resources));
+        pod.ask(task::Request::UpdatePod { change }).await.map(drop)
     }
 
     /// Stops a pod: kills its containers, takes its network away. Fine if it is stopped or not

@@ -56,7 +56,8 @@ impl Shims {
             timeout: config.runtime.timeout,
             debug: config.log.level.contains("debug") || config.log.level.contains("trace"),
         };
-        for dir in [&shims.bundles, &shims.sockets, &shims.runtime_root] {
+        passable_dir(&shims.bundles)?;
+        for dir in [&shims.sockets, &shims.runtime_root] {
             private_dir(dir)?;
         }
         Ok(shims)
@@ -107,6 +108,7 @@ impl Shims {
             grpc: self.grpc.clone(),
             publish_binary: std::env::current_exe().unwrap_or_else(|_| "holdfastd".into()),
             options: options.and_then(|o| o.into_option()),
+            // Whole seconds, and never none.
             env: vec![(
                 "HOLDFAST_RUNTIME_TIMEOUT".into(),
                 self.timeout.as_secs().max(1).to_string(),
@@ -151,6 +153,14 @@ impl Shims {
 pub fn private_dir(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::DirBuilderExt;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Makes a directory that anybody may go through, but not look into: the root of a pod's user
+/// namespace is nobody special on the node, and its files lie below.
+pub fn passable_dir(path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    private_dir(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o711))
 }
 
 /// Where a pod's connection stands.

@@ -38,6 +38,7 @@ mod seccomp_default;
 mod selinux;
 pub mod user;
 
+pub use mounts::clean;
 pub use resources::{cgroups_path, update};
 
 /// Our AppArmor profile, where the node has it loaded.
@@ -148,6 +149,9 @@ pub struct RuntimeFeatures {
     pub selinux: Option<bool>,
 }
 
+/// First kernel whose overlayfs takes id-mapped layers.
+pub const MAPPED_LAYERS: (u32, u32) = (5, 19);
+
 impl RuntimeFeatures {
     /// Reads the output of `features`. Fields that we do not know are passed over.
     pub fn parse(json: &[u8]) -> Result<Self, Error> {
@@ -206,6 +210,12 @@ impl RuntimeFeatures {
     /// Recursive read-only mounts work: for `RuntimeHandlerFeatures` of the CRI's Status.
     pub fn recursive_read_only(&self, node: &Node) -> bool {
         self.mount_options.contains("rro") && node.kernel >= (5, 12)
+    }
+
+    /// Pods with a user namespace work, with all the volumes that the kubelet gives them: those are
+    /// id-mapped by the runtime, the image's layers by us.
+    pub fn user_namespaces(&self, node: &Node) -> bool {
+        self.idmap && node.kernel >= MAPPED_LAYERS
     }
 
     fn knows_mount_option(&self, option: &str) -> bool {
@@ -323,7 +333,7 @@ pub fn check(
             }
         }
     }
-    mounts::check(container)
+    mounts::check(pod, container)
 }
 
 /// The spec of a container.
@@ -620,4 +630,4 @@ fn annotations(input: &Input<'_>) -> HashMap<String, String> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -63,6 +63,16 @@ impl Kinded for Error {
     }
 }
 
+/// Makes the database nobody's but ours: it has the environment of containers. SQLite gives its other
+/// files the same mode. What goes wrong here, opening it finds again and tells.
+fn private_file(path: &Path) {
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+    let file = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+    if let Ok(file) = file {
+        let _ = file.set_permissions(std::fs::Permissions::from_mode(0o600));
+    }
+}
+
 /// Runs one job inside the batch's transaction; returns what to do once that is committed.
 type Job = Box<dyn FnOnce(&Connection) -> Reply + Send>;
 /// Tells the caller: its result if the commit went well (`None`), else the commit's failure.
@@ -78,6 +88,7 @@ impl Store {
     /// Opens or creates the database and brings its schema up to date.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let open = |source| Error::Open { path: path.to_owned(), source };
+        private_file(path);
         let mut db = Connection::open(path).map_err(open)?;
         // WAL with FULL: one fsync of the log per commit, and a commit that returned survives a
         // power cut (sqlite.org/pragma.html#pragma_synchronous).

@@ -176,6 +176,16 @@ impl Input {
         .filter(|address| !address.is_empty())
     }
 
+    /// The runtime options in it.
+    pub(crate) fn options(&self) -> impl Iterator<Item = &Any> {
+        let (one, many) = match self {
+            Input::Empty => (None, &[][..]),
+            Input::Options(any) => (Some(any), &[][..]),
+            Input::Params(params) => (None, &params.extensions[..]),
+        };
+        one.into_iter().chain(many.iter().filter_map(|extension| extension.value.as_ref()))
+    }
+
     fn socket_dir(&self) -> Option<PathBuf> {
         match self {
             Input::Params(params) => params.socket_dir.clone(),

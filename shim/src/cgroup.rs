@@ -174,6 +174,32 @@ impl Cgroup {
         Ok(found)
     }
 
+    /// The cgroup of a container, by the pid of its first process: as [`Cgroup::from_pid`], without
+    /// the directories that we are in, or below, ourselves. On a hierarchy that the OCI runtime did
+    /// not use (it was mounted later, or is somebody's own) the container is where we are, and what
+    /// is there is not the container's to kill or remove.
+    ///
+    /// # Errors
+    /// As [`Cgroup::from_pid`]; `NotFound` also when nothing is the container's own.
+    pub fn of_container(pid: u32) -> io::Result<Self> {
+        let found = Self::from_pid(pid)?.apart_from(&Self::from_pid(std::process::id())?);
+        if found.is_empty() {
+            let message = format!("process {pid} has no cgroup of its own");
+            return Err(io::Error::new(io::ErrorKind::NotFound, message));
+        }
+        Ok(found)
+    }
+
+    fn apart_from(mut self, other: &Self) -> Self {
+        self.controllers.retain(|name, dir| {
+            !other.controllers.get(name).is_some_and(|theirs| theirs.starts_with(&*dir))
+        });
+        self.unified = self
+            .unified
+            .filter(|dir| !other.unified.as_ref().is_some_and(|theirs| theirs.starts_with(dir)));
+        self
+    }
+
     /// The cgroup at `path` of every mounted hierarchy that has it ("/kubepods/pod1").
     ///
     /// # Errors
@@ -190,6 +216,24 @@ impl Cgroup {
                 .filter_map(|(name, root)| Some((name.clone(), there(root)?)))
                 .collect(),
         })
+    }
+
+    /// The cgroup at `path` of every mounted hierarchy, made where it is not there yet.
+    ///
+    /// # Errors
+    /// The first directory that cannot be made, named.
+    pub fn make(path: impl AsRef<Path>) -> io::Result<Self> {
+        let mut made = Self::at("/")?;
+        for part in path.as_ref().components() {
+            match part {
+                std::path::Component::Normal(name) => {
+                    made = made.make_child(&name.to_string_lossy())?;
+                }
+                std::path::Component::RootDir | std::path::Component::CurDir => {}
+                _ => return Err(io::ErrorKind::InvalidInput.into()),
+            }
+        }
+        Ok(made)
     }
 
     /// The cgroup with these directories: on version 2, and on version 1 by controller.
@@ -439,13 +483,18 @@ impl Cgroup {
         Ok(child)
     }
 
-    /// Removes it with its children; it must have no processes. One that is gone is no error.
+    /// Removes it with its children; it must have no processes. One that is gone is no error, and
+    /// the root of a hierarchy is passed over.
     ///
     /// # Errors
     /// The first directory that the kernel does not give up, named.
     pub fn remove(&self) -> io::Result<()> {
         let mut result = Ok(());
         for dir in self.dirs() {
+            let is_root = dir.parent().is_none_or(|p| !p.join("cgroup.procs").exists());
+            if is_root && dir.join("cgroup.procs").exists() {
+                continue;
+            }
             if let Err(error) = remove_tree(dir)
                 && result.is_ok()
             {
@@ -851,6 +900,20 @@ mod tests {
         let found = Cgroup::from_proc("0::/kubepods/pod1/c1\n", &mounts);
         assert_eq!(found.version(), Version::V2);
         assert_eq!(found.unified(), Some(Path::new("/sys/fs/cgroup/kubepods/pod1/c1")));
+    }
+
+    #[test]
+    fn where_a_container_is_with_us_nothing_is_its_own() {
+        let mounts = Mounts::parse(HYBRID);
+        let ours = Cgroup::from_proc("4:memory:/node/shim\n1:name=systemd:/\n0::/node\n", &mounts);
+        let theirs = "4:memory:/node/c1\n3:cpu,cpuacct:/c1\n1:name=systemd:/\n0::/node\n";
+        let own = Cgroup::from_proc(theirs, &mounts).apart_from(&ours);
+        assert_eq!(own.unified(), None);
+        assert_eq!(own.controller("systemd"), None);
+        assert_eq!(own.controller("memory"), Some(Path::new("/sys/fs/cgroup/memory/node/c1")));
+        assert_eq!(own.controller("cpu"), Some(Path::new("/sys/fs/cgroup/cpu,cpuacct/c1")));
+        let nothing = Cgroup::from_proc("4:memory:/node\n0::/\n", &mounts).apart_from(&ours);
+        assert!(nothing.is_empty());
     }
 
     #[test]

@@ -31,7 +31,7 @@ use crate::{
     mounts, namespaces,
     pod::Pod,
     pod_init,
-    process::{self, Reaper, Signals, check, watch_fd},
+    process::{self, Reaper, Signals, check, report, watch_fd},
     publish::Events,
     runtime::{self, Runtime},
     server,
@@ -48,17 +48,6 @@ const INPUT_MAX: usize = 4 * 1024 * 1024;
 
 /// How long a shim that leaves waits for its last events to be acknowledged.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
-
-/// Writes a line to the shim's own log, which is its standard error.
-#[macro_export]
-#[doc(hidden)]
-macro_rules! report {
-    ($($part:tt)*) => {{
-        use std::io::Write as _;
-        // Nobody need be reading.
-        let _ = writeln!(std::io::stderr(), $($part)*);
-    }};
-}
 
 /// The binary's main function.
 pub fn main() -> ExitCode {
@@ -143,6 +132,11 @@ fn start(arguments: &Arguments) -> Result<(), String> {
             let _ = fs::remove_file(&socket);
             format!("leave a shim behind: {error}")
         })?;
+        if let Some(cgroup) = server::shim_cgroup(&input) {
+            Cgroup::make(&cgroup)
+                .and_then(|cgroup| cgroup.add(pid))
+                .map_err(|error| format!("put the shim into cgroup {cgroup}: {error}"))?;
+        }
         write(bundle.shim_pid(), &pid.to_string())?;
     }
     write(bundle.address(), &address)?;
@@ -258,7 +252,10 @@ fn serve(arguments: &Arguments) -> Result<(), String> {
     let socket = listener.local_addr().ok().and_then(|a| a.as_pathname().map(Path::to_owned));
     let events = Events::new(
         arguments.namespace.clone(),
-        std::env::var_os("TTRPC_ADDRESS").filter(|a| !a.is_empty()).map(PathBuf::from),
+        std::env::var("TTRPC_ADDRESS")
+            .ok()
+            .filter(|address| !address.is_empty())
+            .map(|address| PathBuf::from(address.strip_prefix("unix://").unwrap_or(&address))),
     );
     let pod = Pod::new(
         arguments.namespace.clone(),
@@ -289,7 +286,7 @@ fn inherited() -> Result<UnixListener, String> {
 
 /// The shim's life.
 async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
-    let signals = Signals::new(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT])
+    let signals = Signals::new(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])
         .map_err(|error| format!("signals: {error}"))?;
     let listener = tokio::net::UnixListener::from_std(listener)
         .map_err(|error| format!("listener: {error}"))?;
@@ -317,6 +314,9 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
                 let came = came.map_err(|error| format!("signals: {error}"))?;
                 if came & (1 << libc::SIGCHLD) != 0 {
                     pod.reaper.sweep();
+                }
+                if came & (1 << libc::SIGUSR1) != 0 {
+                    report!("{}", pod.describe());
                 }
                 // With containers to answer for, a shim does not go because somebody asks all
                 // processes to.
@@ -404,9 +404,12 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
     if let Err(error) = mounts::unmount(&bundle.rootfs()) {
         problems.push(format!("unmount {}: {error}", bundle.rootfs().display()));
     }
-    namespaces::remove(bundle);
-    let _ = fs::remove_file(bundle.io_socket());
-    remove_dead_socket(bundle);
+    // A shim that only did not answer in time still owns its pod.
+    if !shim_answers(bundle) {
+        namespaces::remove(bundle);
+        let _ = fs::remove_file(bundle.io_socket());
+        remove_dead_socket(bundle);
+    }
     if !problems.is_empty() {
         return Err(problems.join("; "));
     }
@@ -417,6 +420,12 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
         // Nobody saw its end but us.
         None => crate::pod::Ended { pid, status: 137, at: SystemTime::now() },
     })
+}
+
+/// Somebody listens where the bundle says its shim is.
+fn shim_answers(bundle: &Bundle) -> bool {
+    fs::read_to_string(bundle.address())
+        .is_ok_and(|address| UnixStream::connect(address.trim_start_matches("unix://")).is_ok())
 }
 
 /// Removes the socket that a shim which was killed has left. A bundle of a container names its pod's
@@ -436,7 +445,7 @@ fn remove_dead_socket(bundle: &Bundle) {
 
 /// Kills a container whose shim is gone, and waits until it is.
 async fn end(pid: u32, problems: &mut Vec<String>) {
-    let Ok(cgroup) = Cgroup::from_pid(pid) else { return };
+    let Ok(cgroup) = Cgroup::of_container(pid) else { return };
     if let Err(error) = cgroup.kill() {
         problems.push(format!("kill what is left: {error}"));
         return;

@@ -8,7 +8,7 @@
 //! container's exit only after those of its execs.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
     sync::{
@@ -27,7 +27,7 @@ use crate::{
     cgroup::Cgroup,
     mounts, namespaces,
     options::PodOptions,
-    process::{Owned, Reaper, lock},
+    process::{Owned, Reaper, lock, report},
     publish::Events,
     runtime::{self, Checkpoint, Place, Reason, Runtime},
     server::timestamp,
@@ -575,7 +575,7 @@ impl Pod {
     ) -> Called<Arc<Owned>> {
         let pid = read_pid(pid_file)?;
         let owned = self.reaper.own(pid).map_err(io_error(format!("open process {pid}")))?;
-        if let Ok(cgroup) = Cgroup::from_pid(pid) {
+        if let Ok(cgroup) = Cgroup::of_container(pid) {
             let _ = container.oom_kills_before.set(cgroup.oom_kills().unwrap_or_default());
             let _ = container.cgroup.set(cgroup);
         }
@@ -682,7 +682,14 @@ impl Pod {
         }
         let adopted = self.adopt(container, &mut io, &pid_file).await;
         drop(launch);
-        let owned = adopted?;
+        let owned = match adopted {
+            Ok(owned) => owned,
+            Err(error) => {
+                io.close();
+                self.delete_by_force(container).await;
+                return Err(error);
+            }
+        };
         let pid = owned.pid();
         *lock(&container.init.io) = Some(io);
         self.watch_init(container.clone(), owned);
@@ -708,7 +715,7 @@ impl Pod {
         at: SystemTime,
     ) {
         let exit = exit.unwrap_or_else(|error| {
-            crate::report!("container {}: its exit code is lost: {error}", container.id);
+            report!("container {}: its exit code is lost: {error}", container.id);
             Exit::Code(255)
         });
         // The counter goes with the cgroup.
@@ -719,7 +726,7 @@ impl Pod {
             && let Some(cgroup) = container.cgroup()
             && let Err(error) = cgroup.kill()
         {
-            crate::report!("container {}: kill what is left: {error}", container.id);
+            report!("container {}: kill what is left: {error}", container.id);
         }
         let _order = container.init.order.lock().await;
         *lock(&container.init.owned) = None;
@@ -736,7 +743,7 @@ impl Pod {
 
         let record = ExitRecord { pid, status: exit, at, oom_killed };
         if let Err(error) = record.store(container.bundle.exit_record()) {
-            crate::report!("container {}: write its exit record: {error}", container.id);
+            report!("container {}: write its exit record: {error}", container.id);
         }
         if kills > before {
             let mut told = event::TaskOOM::new();
@@ -845,7 +852,7 @@ impl Pod {
             let exit = owned.wait().await;
             let at = SystemTime::now();
             let exit = exit.unwrap_or_else(|error| {
-                crate::report!("exec {exec} of {container}: its exit code is lost: {error}");
+                report!("exec {exec} of {container}: its exit code is lost: {error}");
                 Exit::Code(255)
             });
             let _order = process.order.lock().await;
@@ -955,15 +962,14 @@ impl Pod {
                 return Err(Error::Precondition(format!("{name} is not started")));
             }
             let pid = process.stage().pid();
-            let session = container.cgroup().filter(|_| signal == libc::SIGKILL);
-            // Before: once it is dead, those that left its session are no longer its descendants.
-            if let Some(cgroup) = session {
-                kill_session(cgroup, pid);
-            }
+            let cgroup = container.cgroup().filter(|_| signal == libc::SIGKILL);
+            // Looked for before its leader dies, for then those that left its session are nobody's
+            // descendants any more; killed after it, so that it does not see its children die and
+            // go on.
+            let doomed = cgroup.map(|cgroup| session(cgroup, &[pid].into()));
             let sent = process.signal(&name, signal);
-            // After: what it forked meanwhile.
-            if let Some(cgroup) = session {
-                kill_session(cgroup, pid);
+            if let (Some(cgroup), Some(doomed)) = (cgroup, doomed) {
+                kill_session(cgroup, pid, doomed);
             }
             return sent;
         }
@@ -1150,7 +1156,7 @@ impl Pod {
             if !matches!(container.init.stage(), Stage::Ended(_)) {
                 let killed = self.kill(&container.id, "", libc::SIGKILL as u32, true).await;
                 if let Err(error) = killed {
-                    crate::report!("container {}: {error}", container.id);
+                    report!("container {}: {error}", container.id);
                 }
             }
         }
@@ -1217,6 +1223,18 @@ impl Pod {
         !alive && !creating && !self.bundle.dir().exists()
     }
 
+    /// What there is, for the shim's log.
+    pub(crate) fn describe(&self) -> String {
+        let mut text = format!("pod in {}", self.bundle.dir().display());
+        for container in self.all() {
+            text.push_str(&format!("; container {} {:?}", container.id, container.init.stage()));
+            for (name, process) in &*lock(&container.execs) {
+                text.push_str(&format!("; exec {name} {:?}", process.stage()));
+            }
+        }
+        text
+    }
+
     /// Connect: the pid of a container, 0 when there is none.
     pub(crate) fn task_pid(&self, id: &str) -> u32 {
         self.container(id).map_or(0, |container| container.init.stage().pid())
@@ -1263,41 +1281,51 @@ fn read_pid(path: &Path) -> Called<u32> {
     })
 }
 
-/// Kills what an exec has started: the processes of the container that are in its session, or
-/// descend from it. A few rounds, for they may fork meanwhile.
-#[expect(unsafe_code, reason = "kill(2)")]
-fn kill_session(cgroup: &Cgroup, leader: u32) {
-    for _ in 0..4 {
-        let table: BTreeMap<u32, (u32, u32)> = cgroup
-            .pids()
-            .unwrap_or_default()
-            .into_iter()
-            .filter_map(|pid| {
-                let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-                parse_stat(&stat).map(|(parent, session)| (pid, (parent, session)))
-            })
-            .collect();
-        let mut killed = 0;
-        for (&pid, &(parent, session)) in &table {
-            let mut ancestor = parent;
-            let mut descends = session == leader;
-            // As many steps as there are processes, so that a changing table cannot loop.
-            for _ in 0..table.len() {
-                descends |= ancestor == leader;
-                match table.get(&ancestor) {
-                    Some((next, _)) if !descends => ancestor = *next,
-                    _ => break,
-                }
+/// The processes of a container that are in the session of one of `leaders`, or descend from one.
+fn session(cgroup: &Cgroup, leaders: &BTreeSet<u32>) -> BTreeSet<u32> {
+    let table: BTreeMap<u32, (u32, u32)> = cgroup
+        .pids()
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|pid| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            parse_stat(&stat).map(|(parent, session)| (pid, (parent, session)))
+        })
+        .collect();
+    let belongs = |pid: &u32| {
+        let (mut ancestor, session) = table[pid];
+        if leaders.contains(pid) || leaders.contains(&session) {
+            return true;
+        }
+        // As many steps as there are processes, so that a changing table cannot loop.
+        for _ in 0..table.len() {
+            if leaders.contains(&ancestor) {
+                return true;
             }
-            if descends && pid != leader {
-                // SAFETY: no memory is involved. The pid was in the container's cgroup just now.
-                unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
-                killed += 1;
+            match table.get(&ancestor) {
+                Some((parent, _)) => ancestor = *parent,
+                None => return false,
             }
         }
-        if killed == 0 {
+        false
+    };
+    table.keys().copied().filter(belongs).collect()
+}
+
+/// Kills what an exec has started: a few rounds, for it may fork meanwhile.
+#[expect(unsafe_code, reason = "kill(2)")]
+fn kill_session(cgroup: &Cgroup, leader: u32, mut doomed: BTreeSet<u32>) {
+    doomed.insert(leader);
+    for _ in 0..4 {
+        let left = session(cgroup, &doomed);
+        if left.is_empty() {
             return;
         }
+        for pid in &left {
+            // SAFETY: no memory is involved. The pid was in the container's cgroup just now.
+            unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) };
+        }
+        doomed.extend(left);
     }
 }
 

@@ -20,6 +20,16 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::bundle::Exit;
 
+/// Writes a line to the shim's own log, which is its standard error.
+macro_rules! report {
+    ($($part:tt)*) => {{
+        use std::io::Write as _;
+        // Nobody need be reading.
+        let _ = writeln!(std::io::stderr(), $($part)*);
+    }};
+}
+pub(crate) use report;
+
 /// Locks; a panic aborts the shim, so a poisoned lock cannot be met.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

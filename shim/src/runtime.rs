@@ -86,6 +86,8 @@ pub(crate) enum Reason {
     WorkingDirectory,
     /// The container is frozen.
     Paused,
+    /// A limit that the kernel does not take: a CPU that is not there, less memory than is in use.
+    Limit,
     /// The container is not frozen.
     NotPaused,
     /// The verb or a flag is unknown to it, or the kernel lacks what it needs.
@@ -518,6 +520,7 @@ fn reason(message: &str) -> Reason {
     } else if has("container does not exist")
         || has("no such container")
         || text.starts_with("cannot open directory")
+        || (has("cannot rm state directory") && has("no such file or directory"))
         || (has("error opening file") && has("/status`"))
         || (has("loading container") && has("does not exist"))
     {
@@ -544,6 +547,10 @@ fn reason(message: &str) -> Reason {
         || has("is not in `created` or `stopped` state")
     {
         Reason::NotRunning
+    } else if (has("cgroup") || has("writing file `"))
+        && (has("out of range") || has("resource busy") || has("invalid argument"))
+    {
+        Reason::Limit
     } else if has("flag provided but not defined")
         || has("no help topic")
         || has("unknown command")
@@ -558,6 +565,17 @@ fn reason(message: &str) -> Reason {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_that_the_kernel_does_not_take_are_told_apart() {
+        for message in [
+            "failed to write \"4000\": write /sys/fs/cgroup/cpuset/a/cpuset.cpus: numerical result out of range",
+            "failed to write \"1\": write /sys/fs/cgroup/memory/a/memory.limit_in_bytes: device or resource busy",
+            "writing file `cpuset.cpus`: Numerical result out of range",
+        ] {
+            assert_eq!(reason(message), Reason::Limit, "{message}");
+        }
+    }
 
     fn logged(line: &str) -> Reason {
         reason(&message(line.as_bytes(), Exit::Code(1)))
@@ -610,6 +628,10 @@ mod tests {
             ),
             (
                 "cannot open directory '/run/r/none': No such file or directory",
+                Reason::NoSuchContainer,
+            ),
+            (
+                "cannot rm state directory `/run/r/c1`: No such file or directory",
                 Reason::NoSuchContainer,
             ),
             ("container `c1` already exists", Reason::AlreadyExists),

@@ -84,7 +84,9 @@ fn code(error: &Error) -> Code {
         Error::Runtime(error) => match error.reason() {
             Reason::NoSuchContainer => Code::NOT_FOUND,
             Reason::AlreadyExists => Code::ALREADY_EXISTS,
-            Reason::NotRunning | Reason::Paused | Reason::NotPaused => Code::FAILED_PRECONDITION,
+            Reason::NotRunning | Reason::Paused | Reason::NotPaused | Reason::Limit => {
+                Code::FAILED_PRECONDITION
+            }
             Reason::ExecutableNotFound | Reason::ExecutableRefused | Reason::WorkingDirectory => {
                 Code::INVALID_ARGUMENT
             }
@@ -200,6 +202,13 @@ fn runtime(options: Option<&Any>, namespace_default: &Runtime) -> Result<Runtime
         }
     }
     Ok(runtime)
+}
+
+/// The cgroup that the options want the shim in.
+pub(crate) fn shim_cgroup(input: &crate::bootstrap::Input) -> Option<String> {
+    let any = input.options().find(|any| any.type_url.ends_with("containerd.runc.v1.Options"))?;
+    let options = oci::Options::parse_from_bytes(&any.value).ok()?;
+    Some(options.shim_cgroup).filter(|cgroup| !cgroup.is_empty())
 }
 
 /// [`runtime`] for `-info`.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Length of what [`write`] gives: `2026-11-05T10:20:30.123456789Z`.
+/// Length of what [`write()`] gives: `2026-11-05T10:20:30.123456789Z`.
 pub const LEN: usize = 30;
 
 /// Seconds and nanoseconds since 1970; a time before that counts as 1970.
@@ -18,7 +18,7 @@ pub fn format(at: SystemTime) -> String {
     String::from_utf8_lossy(&buffer).into_owned()
 }
 
-/// Writes `seconds` and `nanos` since 1970 into `buffer`, as [`format`] does.
+/// Writes `seconds` and `nanos` since 1970 into `buffer`, as [`format()`] does.
 pub fn write(seconds: u64, nanos: u32, buffer: &mut [u8; LEN]) {
     let (year, month, day) = civil(seconds / 86_400);
     let of_day = seconds % 86_400;
@@ -64,7 +64,7 @@ fn day_number(year: u64, month: u64, day: u64) -> Option<u64> {
     (year / 400 * 146_097 + of_era).checked_sub(719_468)
 }
 
-/// Reads what [`format`] writes; also fewer or no digits of a fraction. UTC (`Z`) only.
+/// Reads what [`format()`] writes; also fewer or no digits of a fraction. UTC (`Z`) only.
 pub fn parse(text: &str) -> Option<SystemTime> {
     let (date, time) = text.strip_suffix('Z')?.split_once('T')?;
     let mut date = date.splitn(3, '-').map(|part| part.parse::<u64>().ok());

@@ -106,6 +106,31 @@ async fn memory_of_idle_pods_and_times_of_calls() {
     println!("log: {} MB in {took:?}", size / 1_000_000);
     noisy.delete().await;
     println!("after that: PSS {} KiB", kib(pods[0].pid, "Pss:"));
+    for round in 0..4 {
+        let busy = pods[1]
+            .sh(&format!("busy{round}"), "while true; do echo x; sleep 0.01; done")
+            .start()
+            .await;
+        for _ in 0..50 {
+            let task = holdfast_shim::client::ExecTask {
+                process: crate::node::process(&["/bin/true"]).to_string().into_bytes(),
+                ..Default::default()
+            };
+            pods[1].client.exec(&busy.id, "e", task).await.unwrap();
+            pods[1].client.start(&busy.id, "e").await.unwrap();
+            pods[1].client.wait(&busy.id, "e").await.unwrap();
+            pods[1].client.delete(&busy.id, "e").await.unwrap();
+            pods[1].client.stats(&busy.id).await.unwrap();
+        }
+        busy.kill(9).await;
+        busy.wait().await;
+        busy.delete().await;
+        println!(
+            "after {} execs: private dirty {} KiB",
+            (round + 1) * 50,
+            kib(pods[1].pid, "Private_Dirty:")
+        );
+    }
     for pod in &pods {
         pod.client.shutdown_sandbox(&pod.id).await.unwrap();
     }

@@ -466,3 +466,66 @@ async fn both_versions_of_the_task_service_answer() {
         assert_eq!(client.connect_info("pod").await.unwrap().shim_pid, pod.pid);
     }
 }
+
+/// criu does not run everywhere; what a runtime is asked for can be tested all the same.
+#[tokio::test]
+async fn checkpoint_and_restore_ask_the_runtime_for_the_right_thing() {
+    let node = Node::new(Oci::Runc);
+    let fake = node.path("runtime");
+    let calls = node.path("calls");
+    let script = format!(
+        r#"#!/bin/sh
+echo "$*" | sed 's/.*--log-format json //' >> {}
+pid_file=$(echo "$*" | sed -n 's/.*--pid-file \([^ ]*\).*/\1/p')
+case "$*" in
+*' restore '*) (echo restored; exec sleep 0.3) & echo -n $! > "$pid_file" ;;
+*' checkpoint '*) echo done ;;
+*' nothing '*) exit 1 ;;
+esac
+"#,
+        calls.display()
+    );
+    fs::write(&fake, script).unwrap();
+    fs::set_permissions(&fake, fs::Permissions::from_mode(0o755)).unwrap();
+    let pod = node.pod("pod", PodOptions::default()).await;
+    let mut container = pod.sh("c1", "true");
+    container.options = node.options_for(&fake);
+    container.write();
+    let mut task = container.task();
+    task.checkpoint = "/images/c1".into();
+    assert_eq!(pod.client.create(task).await.unwrap(), 0);
+    let pid = pod.client.start("c1", "").await.unwrap();
+    assert!(alive(pid));
+    pod.client.checkpoint("c1", Path::new("/images/new"), None).await.unwrap();
+    assert_eq!(container.wait().await.status, 0);
+    assert_eq!(container.lines("stdout"), ["restored"]);
+    container.delete().await;
+    let bundle = container.bundle.dir().display();
+    let calls = fs::read_to_string(calls).unwrap();
+    assert_eq!(
+        calls.lines().collect::<Vec<_>>(),
+        [
+            &format!(
+                "restore --detach --image-path /images/c1 --bundle {bundle} --pid-file {bundle}/init.pid c1"
+            ),
+            "checkpoint --image-path /images/new --leave-running c1",
+            "delete c1",
+        ]
+    );
+    node.event(
+        "its event",
+        |event| matches!(event, Event::Checkpointed { path, .. } if path == "/images/new"),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn delete_leaves_the_pod_of_a_living_shim_alone() {
+    let node = Node::new(Oci::Runc);
+    let pod = node.pod("pod", PodOptions { net: true, ..PodOptions::default() }).await;
+    // As a daemon does whose `start` met its deadline.
+    node.command("pod", pod.bundle.dir()).delete(PATIENCE).await.unwrap();
+    assert_eq!(node.mounts().len(), 2, "the directory and the pin: {:?}", node.mounts());
+    assert!(pod.bundle.io_socket().exists());
+    pod.client.shutdown_sandbox("pod").await.unwrap();
+}

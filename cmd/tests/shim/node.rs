@@ -473,7 +473,10 @@ impl Container<'_> {
 
 pub(crate) fn parse_log(path: &Path) -> Vec<(String, String, String)> {
     let text = fs::read_to_string(path).unwrap_or_default();
-    text.lines()
+    // A record that is being written is none yet.
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole
+        .lines()
         .map(|line| {
             let mut words = line.splitn(4, ' ');
             let time = words.next().unwrap();

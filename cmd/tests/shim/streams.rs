@@ -251,3 +251,60 @@ async fn a_logging_binary_gets_the_output() {
     assert!(error.to_string().contains("/bin/true did not get ready"), "{error}");
     assert!(started.elapsed() < Duration::from_secs(5));
 }
+
+#[tokio::test]
+async fn a_full_disk_drops_whole_lines_counts_them_and_stops_nothing() {
+    let node = Node::new(Oci::Runc);
+    let pod = node.pod("pod", PodOptions::default()).await;
+    let small_disk = |dir: std::path::PathBuf| {
+        fs::create_dir_all(&dir).unwrap();
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("tmpfs"), &dir, Some("tmpfs"), flags, Some("size=8m")).unwrap();
+        dir
+    };
+    let free = |dir: &std::path::Path| {
+        nix::sys::statvfs::statvfs(dir).map(|s| s.blocks_available()).unwrap() as usize * 4096
+    };
+    let (logs, bundles) = (small_disk(node.path("logs")), small_disk(pod.bundle.dir().join("c")));
+    let script =
+        "i=0; while true; do i=$((i+1)); echo line $i of some forty characters, really; done";
+    let mut container = pod.sh("c1", script);
+    container.log = logs.join("0.log");
+    let container = container.create().await;
+    let filler = logs.join("filler");
+    // Not to the last page, so that the log meets the end in the middle of a batch.
+    fs::write(&filler, vec![b'x'; free(&logs) - 5 * 4096]).unwrap();
+    pod.client.start("c1", "").await.unwrap();
+    until("the disk to be full", || (free(&logs) == 0).then_some(())).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    // The container writes on, and everything else works.
+    let (ended, out, _) = container.exec("e1", &["/bin/echo", "alive"]).await;
+    assert_eq!((ended.status, out.as_str()), (0, "alive\n"));
+    fs::remove_file(&filler).unwrap();
+    until("the count of what is missing", || {
+        let missing = |(_, _, text): &(String, String, String)| text.starts_with("holdfast: ");
+        container.records().iter().any(missing).then_some(())
+    })
+    .await;
+    // Stopping and deleting need no space, be it the log's or the bundle's.
+    fs::write(bundles.join("filler"), vec![b'x'; free(&bundles) + 4096]).unwrap_err();
+    container.kill(9).await;
+    assert_eq!(container.wait().await.status, 137);
+    container.delete().await;
+
+    let mut expected = 1;
+    let mut gaps = 0;
+    for (stream, tag, text) in container.records() {
+        if let Some(rest) = text.strip_prefix("holdfast: ") {
+            let missing: u64 = rest.split(' ').next().unwrap().parse().unwrap();
+            assert!(missing > 0);
+            expected += missing;
+            gaps += 1;
+            continue;
+        }
+        assert_eq!((stream.as_str(), tag.as_str()), ("stdout", "F"), "{text}");
+        assert_eq!(text, format!("line {expected} of some forty characters, really"));
+        expected += 1;
+    }
+    assert!(gaps >= 1 && expected > 100, "{gaps} {expected}");
+}

@@ -83,6 +83,9 @@ pub(super) struct RawRuntime {
     pub(super) exec_drain: String,
     pub(super) exec_output_limit: String,
     pub(super) pids_limit: i64,
+    pub(super) cdi_spec_dirs: Vec<String>,
+    pub(super) device_ownership_from_security_context: bool,
+    pub(super) blockio_config: String,
     pub(super) handlers: BTreeMap<String, RawHandler>,
 }
 
@@ -93,6 +96,8 @@ pub(super) struct RawHandler {
     pub(super) path: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) shim: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) privileged_without_host_devices: Option<bool>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -286,10 +291,11 @@ impl Check<'_> {
     }
 
     fn handlers(&mut self, handlers: &DeTable<'_>) -> Result<(), Error> {
-        let schema: Table = ["path", "shim"]
+        let mut schema: Table = ["path", "shim"]
             .into_iter()
             .map(|name| (name.to_owned(), Value::String(String::new())))
             .collect();
+        schema.insert("privileged_without_host_devices".to_owned(), Value::Boolean(false));
         for (name, handler) in handlers {
             let key = join(HANDLERS, name.get_ref());
             let at = Origin {

@@ -9,6 +9,10 @@ fn parse(text: &str) -> Result<Config, Error> {
     Config::parse(text, Path::new("/etc/holdfast/config.toml"))
 }
 
+fn oci(program: &str) -> Handler {
+    Handler::Oci { path: program.into(), privileged_without_host_devices: false }
+}
+
 fn refused(text: &str) -> String {
     chain(&parse(text).unwrap_err())
 }
@@ -32,8 +36,8 @@ fn defaults_are_what_tools_rely_on() {
     assert_eq!(config.images.registries_conf, None);
     assert_eq!(config.images.max_parallel_layers, 6);
     assert_eq!(config.runtime.default, "runc");
-    assert_eq!(config.runtime.handlers["runc"], Handler::Oci { path: "runc".into() });
-    assert_eq!(config.runtime.handlers["crun"], Handler::Oci { path: "crun".into() });
+    assert_eq!(config.runtime.handlers["runc"], oci("runc"));
+    assert_eq!(config.runtime.handlers["crun"], oci("crun"));
     assert!(config.nri.enabled);
     assert_eq!(config.nri.socket, Path::new("/run/holdfast/nri.sock"));
     assert_eq!(config.metrics_address, None);
@@ -233,4 +237,17 @@ fn programs_that_are_not_here_are_named() {
     .unwrap();
     let missing = config.missing_programs();
     assert_eq!(missing, [("runtime.handlers.x.shim".to_owned(), "no-such-shim".into())]);
+}
+
+#[test]
+fn a_handler_may_keep_devices_from_privileged_containers() {
+    let text = "[runtime.handlers.bare]\npath = \"runc\"\nprivileged_without_host_devices = true";
+    let config = parse(text).unwrap();
+    let bare = Handler::Oci { path: "runc".into(), privileged_without_host_devices: true };
+    assert_eq!(config.runtime.handlers["bare"], bare);
+    assert_eq!(Config::parse(&config.to_toml(), "dump".as_ref()).unwrap(), config);
+    let text = "[runtime.handlers.x]\nshim = \"s\"\nprivileged_without_host_devices = true";
+    assert!(refused(text).contains("needs `path`"), "{}", refused(text));
+    let text = "[runtime.handlers.x]\npath = \"s\"\nprivileged_without_host_devices = 1";
+    assert!(refused(text).contains("true or false"), "{}", refused(text));
 }

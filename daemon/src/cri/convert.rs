@@ -170,6 +170,13 @@ fn user_namespace(options: Option<cri::UserNamespace>) -> Result<Option<UserName
             if user.uids.is_empty() || user.gids.is_empty() {
                 return Err(invalid("userns_options", "mode POD needs uids and gids mappings"));
             }
+            if user.uids.len() > 1 || user.gids.len() > 1 {
+                let what = "mode POD takes one mapping of uids and one of gids";
+                return Err(invalid("userns_options", what));
+            }
+            if user.uids.iter().chain(&user.gids).any(|m| m.container_id != 0) {
+                return Err(invalid("userns_options", "the mappings must begin at container_id 0"));
+            }
             let bad = |m: &&IdMapping| {
                 m.length == 0
                     || m.host_id.checked_add(m.length).is_none()
@@ -387,6 +394,7 @@ fn mount(mount: cri::Mount) -> Result<Mount> {
         uid_mappings: mappings(mount.uid_mappings),
         gid_mappings: mappings(mount.gid_mappings),
         image,
+        image_ref: String::new(),
         image_sub_path: mount.image_sub_path,
         options: mount.mount_options,
     })
@@ -696,10 +704,11 @@ fn mount_back(mount: &Mount) -> cri::Mount {
         uid_mappings: mappings_back(&mount.uid_mappings),
         gid_mappings: mappings_back(&mount.gid_mappings),
         recursive_read_only: mount.recursive_read_only,
-        image: mount
-            .image
-            .as_ref()
-            .map(|image| cri::ImageSpec { image: image.clone(), ..Default::default() }),
+        image: mount.image.as_ref().map(|image| cri::ImageSpec {
+            image: image.clone(),
+            image_ref: mount.image_ref.clone(),
+            ..Default::default()
+        }),
         image_sub_path: mount.image_sub_path.clone(),
         mount_options: mount.options.clone(),
     }

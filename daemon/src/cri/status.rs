@@ -35,14 +35,14 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
     let runtime = &services.config.runtime;
     let handler = |name: &str, path: &Handler| {
         let features = match path {
-            Handler::Oci { path } => services.features.of(path),
+            Handler::Oci { path, .. } => services.features.of(path),
             Handler::Foreign { .. } => Default::default(),
         };
         cri::RuntimeHandler {
             name: name.to_owned(),
             features: Some(cri::RuntimeHandlerFeatures {
                 recursive_read_only_mounts: features.recursive_read_only(&services.node),
-                user_namespaces: features.idmap,
+                user_namespaces: features.user_namespaces(&services.node),
             }),
         }
     };
@@ -57,6 +57,7 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
         true => HashMap::from([
             ("config".to_owned(), services.config.to_toml()),
             ("cni".to_owned(), services.network.config_info().to_string()),
+            ("apparmor".to_owned(), services.apparmor.to_string()),
             ("node".to_owned(), format!("{:?}", services.node)),
         ]),
     };
@@ -67,7 +68,7 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
         features: Some(cri::RuntimeFeatures {
             supplemental_groups_policy: true,
             user_namespaces_host_network: false,
-            mount_options: false,
+            mount_options: true,
         }),
     }
 }
@@ -80,7 +81,7 @@ fn missing_runtime(services: &Services) -> Option<String> {
         return Some(format!("shim {} does not exist: set runtime.shim", shim.display()));
     }
     match runtime.handlers.get(&runtime.default) {
-        Some(Handler::Oci { path }) if crate::config::find_program(path).is_none() => {
+        Some(Handler::Oci { path, .. }) if crate::config::find_program(path).is_none() => {
             Some(format!(
                 "OCI runtime {} of handler {:?} is not found: install it or set its path",
                 path.display(),

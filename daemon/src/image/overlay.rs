@@ -4,17 +4,24 @@
 //! options nor the 256 bytes of one fsconfig(2) string bounds their number: overlayfs itself stops
 //! at 500. On older kernels the layers are named relative to their common directory, from a thread
 //! that has a working directory of its own; with short names 500 of them fit in that page.
+//!
+//! For a pod with a user namespace the layers are mapped (mount_setattr(2), Linux 5.19 for layers of
+//! overlayfs): what is root's on disk is shown as the pod's root's. The writable layer is not: what
+//! is written there has the owner that the mount shows, on disk as well.
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
 use rustix::{
     fs::{CWD, Mode, OFlags},
     io::Errno,
-    mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, OpenTreeFlags, UnmountFlags},
+    mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags,
+        MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    },
 };
 
 /// Most layers of one mount: OVL_MAX_STACK of the kernel.
@@ -44,6 +51,29 @@ impl Overlay<'_> {
             Err(e) if unknown_to_kernel(&e) => self.mount_at_once(scratch),
             result => result,
         }
+    }
+
+    /// The same with the layers seen through an id-mapped mount, as `users`, a user namespace, has
+    /// it.
+    pub fn mount_mapped(&self, users: BorrowedFd<'_>, scratch: &Path) -> io::Result<OwnedFd> {
+        let layers = bind(self.layers, false)?;
+        set_attributes(&layers, MountAttrFlags::empty(), Some(users))?;
+        std::thread::scope(|scope| {
+            scope
+                .spawn(|| -> io::Result<OwnedFd> {
+                    // The mapped layers lie over the real ones in a mount namespace that ends with
+                    // this thread: nobody sees them and no crash leaves them. Before Linux 6.15 they
+                    // had to be attached somewhere to be layers.
+                    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS)?;
+                    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+                    rustix::mount::mount_change("/", private)?;
+                    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+                    rustix::mount::move_mount(&layers, "", CWD, self.layers, flags)?;
+                    self.mount(scratch)
+                })
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
+        })
     }
 
     fn mount_by_parts(&self) -> io::Result<OwnedFd> {
@@ -119,6 +149,50 @@ impl Overlay<'_> {
         std::fs::remove_dir(&point)?;
         mounted
     }
+}
+
+/// A bind mount of `path`, attached nowhere yet; with what is mounted below it if `below`.
+pub fn bind(path: &Path, below: bool) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, below);
+    Ok(rustix::mount::open_tree(CWD, path, flags)?)
+}
+
+/// Sets attributes of a mount that is attached nowhere yet, and its id mapping: that of `users`, a
+/// user namespace. `EINVAL` with a mapping: the file system knows none.
+#[expect(unsafe_code, reason = "mount_setattr(2)")]
+pub fn set_attributes(
+    mount: &OwnedFd,
+    attributes: MountAttrFlags,
+    users: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
+    /// `struct mount_attr` of the kernel.
+    #[repr(C)]
+    struct MountAttr {
+        set: u64,
+        clear: u64,
+        propagation: u64,
+        users: u64,
+    }
+    const IDMAP: u64 = 0x0010_0000;
+    let mut attr = MountAttr { set: attributes.bits().into(), clear: 0, propagation: 0, users: 0 };
+    if let Some(users) = users {
+        attr.set |= IDMAP;
+        attr.users = users.as_raw_fd() as u64;
+    }
+    // SAFETY: the path is a string, the structure has the size that is given, and the call only
+    // reads both.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Features that are off when the kernel has them: they would need the lower layers to be used by

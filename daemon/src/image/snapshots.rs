@@ -1,27 +1,32 @@
-//! Containers' root file systems: the layers of an image under one writable layer.
+//! Containers' root file systems: the layers of an image under one writable layer. And images that
+//! containers mount as volumes: the layers alone.
+//!
+//! The record of such a volume is like that of a root file system, under the name
+//! `<container>/<mount>`: so the layers of both are kept in one way, by every version.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io::{self, Read},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, ResolveFlags},
     io::Errno,
-    mount::MoveMountFlags,
+    mount::{MountAttrFlags, MoveMountFlags},
 };
 
 use super::{
     Error,
     layers::{self, Layer},
-    overlay::Overlay,
+    overlay::{self, Overlay},
     tree, unpack,
 };
 use crate::{
     id::{ContainerId, Digest},
+    pod::config::IdMapping,
     store::Store,
 };
 
@@ -62,6 +67,96 @@ pub(super) struct Snapshots {
     dirs: Dirs,
     store: Store,
     known: Mutex<HashMap<ContainerId, Snapshot>>,
+    /// Layers of the images that a container mounts; holding them keeps them on disk.
+    volumes: Mutex<HashMap<ContainerId, Vec<Arc<Layer>>>>,
+}
+
+/// Whose files a mount shows: the ids on disk are those of a user namespace.
+#[derive(Debug)]
+pub struct Owners {
+    namespace: OwnedFd,
+    uids: Vec<IdMapping>,
+    gids: Vec<IdMapping>,
+}
+
+impl Owners {
+    /// By the user namespace that is pinned at `path` and has these mappings.
+    pub fn open(path: &Path, uids: &[IdMapping], gids: &[IdMapping]) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let namespace = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+        Ok(Self { namespace, uids: uids.to_owned(), gids: gids.to_owned() })
+    }
+
+    /// Who on the node a user and group of the namespace are, if it has them.
+    pub fn on_node(&self, uid: u32, gid: u32) -> (Option<u32>, Option<u32>) {
+        let find = |ranges: &[IdMapping], id: u32| {
+            ranges.iter().find_map(|range| {
+                let offset = id.checked_sub(range.container_id)?;
+                (offset < range.length).then(|| range.host_id + offset)
+            })
+        };
+        (find(&self.uids, uid), find(&self.gids, gid))
+    }
+}
+
+impl AsFd for Owners {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.namespace.as_fd()
+    }
+}
+
+/// An image as a volume of a container.
+#[derive(Clone, Debug)]
+pub struct ImageVolume {
+    dirs: Dirs,
+    layers: Vec<Arc<Layer>>,
+}
+
+impl ImageVolume {
+    /// Mounts its layers, read-only, attached nowhere yet. Blocks for a moment.
+    pub fn mount(&self, owners: Option<&Owners>) -> Result<Mounted, Error> {
+        let mut lowers = layers::lowers(&self.layers);
+        if lowers.is_empty() {
+            lowers.push(EMPTY.to_owned());
+        }
+        let users = owners.map(AsFd::as_fd);
+        let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV;
+        let layers = self.dirs.layers();
+        let mounted = match lowers.as_slice() {
+            // overlayfs wants two.
+            [one] => overlay::bind(&layers.join(one), false).and_then(|fd| {
+                overlay::set_attributes(&fd, attributes, users)?;
+                Ok(fd)
+            }),
+            lowers => {
+                let overlay = Overlay { layers: &layers, lowers, writable: None, readonly: true };
+                let mounted = match users {
+                    Some(users) => overlay.mount_mapped(users, &self.dirs.ingest()),
+                    None => overlay.mount(&self.dirs.ingest()),
+                };
+                mounted.and_then(|fd| {
+                    overlay::set_attributes(&fd, attributes, None)?;
+                    Ok(fd)
+                })
+            }
+        };
+        let fd = mounted.map_err(|source| mount_error(&layers, owners, source))?;
+        Ok(Mounted { fd })
+    }
+}
+
+/// What a failed mount of layers means.
+fn mount_error(layers: &Path, owners: Option<&Owners>, source: io::Error) -> Error {
+    let path = layers.to_owned();
+    let unmapped = [Errno::INVAL, Errno::NOSYS, Errno::OPNOTSUPP, Errno::PERM]
+        .iter()
+        .any(|errno| source.raw_os_error() == Some(errno.raw_os_error()));
+    match owners {
+        Some(_) if unmapped => Error::Unmapped { path, source },
+        _ => Error::Mount { path, source },
+    }
 }
 
 /// A container's root file system.
@@ -77,7 +172,27 @@ pub struct Snapshot {
 
 impl Snapshots {
     pub(super) fn new(dirs: Dirs, store: Store) -> Self {
-        Self { dirs, store, known: Mutex::default() }
+        Self { dirs, store, known: Mutex::default(), volumes: Mutex::default() }
+    }
+
+    /// Keeps the layers of an image that the container's mount of this number shows.
+    pub(super) async fn hold(
+        &self,
+        id: &ContainerId,
+        mount: usize,
+        image: &Digest,
+        layers: Vec<Arc<Layer>>,
+    ) -> Result<ImageVolume, Error> {
+        let numbers = layers.iter().map(|layer| layer.id()).collect();
+        self.store.add_image_volume(id, mount, image, numbers).await?;
+        self.restore_volume(id.clone(), layers.clone());
+        Ok(ImageVolume { dirs: self.dirs.clone(), layers })
+    }
+
+    /// A volume that a record names.
+    pub(super) fn restore_volume(&self, id: ContainerId, layers: Vec<Arc<Layer>>) {
+        let mut volumes = self.volumes.lock().expect("no panic while it is held");
+        volumes.entry(id).or_default().extend(layers);
     }
 
     /// One that a record names.
@@ -107,7 +222,10 @@ impl Snapshots {
     }
 
     pub(super) fn ids(&self) -> Vec<ContainerId> {
-        self.known.lock().expect("no panic while it is held").keys().cloned().collect()
+        let known = self.known.lock().expect("no panic while it is held");
+        let volumes = self.volumes.lock().expect("no panic while it is held");
+        let ids: HashSet<&ContainerId> = known.keys().chain(volumes.keys()).collect();
+        ids.into_iter().cloned().collect()
     }
 
     /// Record, memory, directory. What a crash leaves in between is completed by the next call,
@@ -140,6 +258,7 @@ impl Snapshots {
     }
 
     /// Directory, record, memory: a full disk has room for the record once the directory is gone.
+    /// The container's image volumes are let go with it.
     pub(super) async fn remove(&self, id: &ContainerId) -> Result<(), Error> {
         let path = self.dirs.snapshots().join(id);
         super::blocking(move || tree::remove(&path)).await?.map_err(|source| Error::Snapshot {
@@ -149,6 +268,7 @@ impl Snapshots {
         })?;
         self.store.remove_snapshot(id).await?;
         self.known.lock().expect("no panic while it is held").remove(id);
+        self.volumes.lock().expect("no panic while it is held").remove(id);
         Ok(())
     }
 }
@@ -182,23 +302,45 @@ impl Snapshot {
         make(&self.work)?;
         let upper = unpack::open_root(&self.upper)?;
         // The root directory of the mount is this one: it must look like the image's.
-        match self
-            .layers
-            .iter()
-            .flat_map(|layers| layers.iter().rev())
-            .find(|layer| layer.record.root_listed)
-        {
+        match self.root_layer() {
             Some(layer) => layers::copy_attributes(&unpack::open_root(&layer.path())?, &upper),
             None => Ok(rustix::fs::fchmod(&upper, Mode::from_raw_mode(0o755))?),
         }
     }
 
+    /// The layer that says what the root directory is like.
+    fn root_layer(&self) -> Option<&Arc<Layer>> {
+        let layers = self.layers.as_ref()?;
+        layers.iter().rev().find(|layer| layer.record.root_listed)
+    }
+
+    /// Gives the root directory to whom the mapping makes of its owner: the writable layer is not
+    /// mapped.
+    fn map_root(&self, owners: &Owners) -> io::Result<()> {
+        let (uid, gid) = match self.root_layer() {
+            Some(layer) => {
+                let stat = rustix::fs::stat(layer.path())?;
+                (stat.st_uid, stat.st_gid)
+            }
+            None => (0, 0),
+        };
+        let (uid, gid) = owners.on_node(uid, gid);
+        std::os::unix::fs::chown(&self.upper, uid, gid)
+    }
+
     /// Mounts it, attached nowhere yet. Blocks for a moment. A snapshot can be mounted once at a
     /// time.
     pub fn mount(&self, readonly: bool) -> Result<Mounted, Error> {
-        let mount = |source| Error::Mount { upper: self.upper.clone(), source };
+        self.mount_for(readonly, None)
+    }
+
+    /// The same. With `owners` the image's files are those of a user namespace; it must be the same
+    /// each time.
+    pub fn mount_for(&self, readonly: bool, owners: Option<&Owners>) -> Result<Mounted, Error> {
         let layers = self.layers.as_ref().ok_or_else(|| {
-            mount(io::Error::new(io::ErrorKind::NotFound, "a layer of it is gone from the disk"))
+            let gone =
+                io::Error::new(io::ErrorKind::NotFound, "a layer of it is gone from the disk");
+            Error::Mount { path: self.upper.clone(), source: gone }
         })?;
         let mut lowers = layers::lowers(layers);
         if lowers.is_empty() {
@@ -210,7 +352,13 @@ impl Snapshot {
             writable: Some((&self.upper, &self.work)),
             readonly,
         };
-        let fd = overlay.mount(&self.dirs.ingest()).map_err(mount)?;
+        let mounted = match owners {
+            None => overlay.mount(&self.dirs.ingest()),
+            Some(owners) => self
+                .map_root(owners)
+                .and_then(|()| overlay.mount_mapped(owners.as_fd(), &self.dirs.ingest())),
+        };
+        let fd = mounted.map_err(|source| mount_error(&self.upper, owners, source))?;
         Ok(Mounted { fd })
     }
 }
@@ -260,30 +408,18 @@ impl Mounted {
         Ok(Some(content))
     }
 
-    /// A directory of the image by its path, made if it is missing: the path from the root, without
-    /// dots. `None` if a link or a file is on the way, which the path alone would not lead past.
-    pub fn directory(&self, path: &str) -> io::Result<Option<PathBuf>> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut at = self.fd.try_clone()?;
-        let mut clean = PathBuf::new();
-        for part in Path::new(path.trim_start_matches('/')).components() {
-            let Component::Normal(name) = part else { return Ok(None) };
-            let open = || rustix::fs::openat(&at, name, flags, Mode::empty());
-            let next = match open() {
-                Err(Errno::NOENT) => {
-                    rustix::fs::mkdirat(&at, name, Mode::from_raw_mode(0o755))?;
-                    open()
-                }
-                other => other,
-            };
-            at = match next {
-                Ok(next) => next,
-                Err(Errno::LOOP | Errno::NOTDIR) => return Ok(None),
-                Err(error) => return Err(error.into()),
-            };
-            clean.push(name);
+    /// The directory at `path` as the container would see it (links stay inside); `None` if there is
+    /// nothing, `NotADirectory` if there is something else.
+    pub fn directory(&self, path: &Path) -> io::Result<Option<OwnedFd>> {
+        let inside = path.strip_prefix("/").unwrap_or(path);
+        let inside = if inside.as_os_str().is_empty() { Path::new(".") } else { inside };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        match rustix::fs::openat2(&self.fd, inside, flags, Mode::empty(), resolve) {
+            Ok(fd) => Ok(Some(fd)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(e) => Err(e.into()),
         }
-        Ok((!clean.as_os_str().is_empty()).then_some(clean))
     }
 
     /// Attaches the mount at `target`, an existing directory.

@@ -224,6 +224,8 @@ pub struct Mount {
     pub gid_mappings: Vec<IdMapping>,
     /// An image to mount instead of a host path.
     pub image: Option<String>,
+    /// Id of that image, once it is found: what PullImage answers for it.
+    pub image_ref: String,
     /// Path in that image.
     pub image_sub_path: String,
     /// Further mount options.
@@ -286,12 +288,18 @@ impl Resources {
         let text = |new: String, old: &String| if new.is_empty() { old.clone() } else { new };
         let mut unified = self.unified.clone();
         unified.extend(change.unified);
+        // No swap stays no swap: the limit of both moves with the limit of memory.
+        let no_swap = self.memory_limit > 0 && self.memory_swap_limit == self.memory_limit;
+        let swap = match change.memory_swap_limit {
+            0 if no_swap => change.memory_limit,
+            given => given,
+        };
         Resources {
             cpu_period: number(change.cpu_period, self.cpu_period),
             cpu_quota: number(change.cpu_quota, self.cpu_quota),
             cpu_shares: number(change.cpu_shares, self.cpu_shares),
             memory_limit: number(change.memory_limit, self.memory_limit),
-            memory_swap_limit: number(change.memory_swap_limit, self.memory_swap_limit),
+            memory_swap_limit: number(swap, self.memory_swap_limit),
             oom_score_adj: number(change.oom_score_adj, self.oom_score_adj),
             cpuset_cpus: text(change.cpuset_cpus, &self.cpuset_cpus),
             cpuset_mems: text(change.cpuset_mems, &self.cpuset_mems),
@@ -421,4 +429,44 @@ pub struct PodRef<'a> {
     pub id: &'a PodId,
     /// Its configuration.
     pub config: &'a PodConfig,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_update_changes_only_what_it_gives() {
+        let old = Resources {
+            cpu_shares: 100,
+            memory_limit: 10,
+            memory_swap_limit: 15,
+            cpuset_cpus: "0".into(),
+            unified: [("a.b".to_owned(), "1".to_owned())].into(),
+            ..Resources::default()
+        };
+        assert_eq!(old.merged(Resources::default()), old);
+        let change = Resources {
+            memory_limit: 12,
+            unified: [("c.d".to_owned(), "2".to_owned())].into(),
+            ..Resources::default()
+        };
+        let new = old.merged(change);
+        assert_eq!((new.cpu_shares, new.memory_limit, new.memory_swap_limit), (100, 12, 15));
+        assert_eq!(new.unified.len(), 2);
+    }
+
+    #[test]
+    fn a_container_without_swap_stays_without() {
+        let old = Resources { memory_limit: 10, memory_swap_limit: 10, ..Resources::default() };
+        let merged = |memory_limit, memory_swap_limit| {
+            let change = Resources { memory_limit, memory_swap_limit, ..Resources::default() };
+            let new = old.merged(change);
+            (new.memory_limit, new.memory_swap_limit)
+        };
+        assert_eq!(merged(20, 0), (20, 20));
+        assert_eq!(merged(0, 0), (10, 10));
+        assert_eq!(merged(20, 30), (20, 30));
+        assert_eq!(merged(0, 30), (10, 30));
+    }
 }

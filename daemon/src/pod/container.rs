@@ -10,6 +10,7 @@ use std::{
 
 use holdfast_shim::{
     bundle::{Bundle, Namespace},
+    cgroup::Cgroup,
     client::{Client, CreateTask, ErrorKind},
 };
 use tracing::warn;
@@ -17,17 +18,20 @@ use tracing::warn;
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
+    extras, readback,
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
+    volumes,
 };
 use crate::{
+    config::CgroupDriver,
     error::chain,
     id::ContainerId,
-    image::Image,
+    image::{Image, Owners},
     shims::private_dir,
-    spec::{self, BoundVolume, NamespacePaths, PidNamespace, PodFiles},
-    store::pods::ContainerRecord,
+    spec::{self, NamespacePaths, PidNamespace, PodFiles},
+    store::pods::{ContainerRecord, PodRecord},
 };
 
 /// How long a container may still show itself after SIGKILL.
@@ -49,11 +53,12 @@ pub(super) async fn create(
     services: Arc<Services>,
     pod: Pod,
     id: ContainerId,
-    config: ContainerConfig,
+    mut config: ContainerConfig,
 ) -> Result<Effect, Error> {
     let view = pod.view();
     let image = services.images.find(&config.image);
     let image = image.ok_or_else(|| Error::NoImage(config.image.clone()))?;
+    let volumes = volumes::find(&services, &mut config)?;
     let stop_signal = spec::args::stop_signal(&config, &image.defaults);
     let log = match config.log_path.as_os_str().is_empty() {
         true => PathBuf::new(),
@@ -74,7 +79,7 @@ pub(super) async fn create(
     };
     services.store.put_container(&record).await?;
     let client = pod.client().await?;
-    let made = make(&services, &view, &client, &mut record, &image).await;
+    let made = make(&services, &view, &client, &mut record, &image, &volumes).await;
     // The pod may have been stopped while the runtime was at work.
     let made = match made {
         Ok(_) if pod.view().record.state != super::state::PodState::Ready => {
@@ -91,7 +96,9 @@ pub(super) async fn create(
             Ok(Effect::Created(Box::new(record)))
         }
         Err(error) => {
-            let undone = match take_away(&services, Some(&client), &record).await {
+            let undone = take_away(&services, Some(&client), &record).await;
+            remove_cgroup(&services, &view.record, &id).await;
+            let undone = match undone {
                 Ok(()) => services.store.delete_container(&id).await.map_err(Error::from),
                 Err(error) => Err(error),
             };
@@ -110,11 +117,15 @@ async fn make(
     client: &Client,
     record: &mut ContainerRecord,
     image: &Image,
+    volumes: &[volumes::Asked],
 ) -> Result<u32, Error> {
     let name = record.config.name.clone();
+    let command = spec::args::arguments(&record.config, &record.image).unwrap_or_default();
+    let command = command.into_iter().next().unwrap_or_default();
     let runtime = view.record.runtime.clone();
     let image_error = |source| Error::Image { name: name.clone(), source };
     let snapshot = services.images.create_snapshot(&record.id, image).await.map_err(image_error)?;
+    let held = volumes::hold(services, &record.id, volumes).await.map_err(image_error)?;
 
     let bundle = services.shims.container_bundle(&record.id);
     let namespaces = namespaces(services, view, record)?;
@@ -123,7 +134,7 @@ async fn make(
     let at = bundle.clone();
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
     let user = tokio::task::spawn_blocking(move || {
-        prepare(&shared, &view, draft, &image, &snapshot, &namespaces, &at)
+        prepare(&shared, &view, draft, &image, &snapshot, &held, &namespaces, &at)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
@@ -150,13 +161,11 @@ async fn make(
         options: Some(services.shims.runtime_options(&runtime)),
         checkpoint: String::new(),
     };
-    client.create(task).await.map_err(|source| Error::Task {
-        what: "create",
-        id: record.id.clone(),
-        source,
-    })
+    // The runtimes look for the command here already; not all of them name it.
+    client.create(task).await.map_err(|source| Error::Create { name, command, source })
 }
 
+#[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
 /// Root file system, account, OCI spec: all that the runtime is given.
 fn prepare(
     services: &Services,
@@ -164,13 +173,27 @@ fn prepare(
     record: ContainerRecord,
     image: &Image,
     snapshot: &crate::image::Snapshot,
+    held: &[volumes::Held],
     namespaces: &NamespacePaths,
     bundle: &Bundle,
 ) -> Result<User, Error> {
     let name = &record.config.name;
     let image_error = |source| Error::Image { name: name.clone(), source };
     let spec_error = |source| Error::Spec { name: name.clone(), source };
-    let mounted = snapshot.mount(false).map_err(image_error)?;
+    let driver = services.config.runtime.cgroup_driver;
+    let pod_ref = PodRef { id: &pod.id, config: &pod.config };
+    // Before anything is made on the node for it.
+    spec::check(&pod_ref, &record.config, driver).map_err(spec_error)?;
+    let user_namespace = pod.config.namespaces.user.as_ref();
+    let owners = match (user_namespace, &namespaces.user) {
+        (Some(user), Some(path)) => {
+            let owners = Owners::open(path, &user.uids, &user.gids);
+            Some(owners.map_err(io_at("open the pod's user namespace", path))?)
+        }
+        _ => None,
+    };
+    let owners = owners.as_ref();
+    let mounted = snapshot.mount_for(false, owners).map_err(image_error)?;
     let account = |path: &str| {
         let read = mounted.read(path, ACCOUNTS_LIMIT);
         read.map(Option::unwrap_or_default).map_err(io_at("read the image's", Path::new(path)))
@@ -190,13 +213,23 @@ fn prepare(
         }
         _ => None,
     };
-    let driver = services.config.runtime.cgroup_driver;
-    let pod_ref = PodRef { id: &pod.id, config: &pod.config };
-    // Before anything is made on the node for it.
-    spec::check(&pod_ref, &record.config, driver).map_err(spec_error)?;
-    let facts = crate::node::gather(&record.config)
+    let mut facts = crate::node::gather(&record.config)
         .map_err(|source| Error::Host { name: name.clone(), source })?;
     let made_dirs = MadeDirs(facts.created.clone());
+    extras::devices(services, pod, &record.config, &mut facts);
+    volumes::owned_dir(bundle.dir(), user_namespace)?;
+    for (index, source) in volumes::mount(bundle, &record.config, held, owners)? {
+        facts.mounts[index].source = Some(source);
+    }
+    let user_pair = user_namespace.zip(owners);
+    let image_volumes = volumes::declared(
+        services,
+        &record.id,
+        &image.defaults,
+        &record.config,
+        &mounted,
+        user_pair,
+    )?;
     let pod_bundle = services.shims.pod_bundle(&pod.id);
     let files = PodFiles {
         hostname: Some(pod_bundle.hostname()),
@@ -204,16 +237,6 @@ fn prepare(
         resolv_conf: Some(pod_bundle.resolv_conf()),
         shm: (!pod.config.namespaces.host_ipc).then(|| pod_bundle.shm()),
     };
-    // A volume is a part of the writable layer that is bound onto itself: it stays writable when the
-    // root is not, has the image's content, and goes with the container.
-    let mut volumes = Vec::new();
-    for target in &image.defaults.volumes {
-        let found = mounted.directory(target);
-        if let Some(path) = found.map_err(io_at("make the image's volume", Path::new(target)))? {
-            volumes
-                .push(BoundVolume { source: bundle.rootfs().join(path), target: target.clone() });
-        }
-    }
     let features = services.features.of(&pod.runtime);
     let input = spec::Input {
         pod: pod_ref,
@@ -227,14 +250,14 @@ fn prepare(
         node: &services.node,
         cgroup_driver: driver,
         features: &features,
-        image_volumes: &volumes,
+        image_volumes: &image_volumes,
         pids_limit: services.config.runtime.pids_limit,
         host: &facts,
         seccomp_localhost: localhost.as_deref(),
     };
-    let spec = spec::generate(&input).map_err(spec_error)?;
+    let mut spec = spec::generate(&input).map_err(spec_error)?;
+    extras::amend(services, pod, &record.config, &facts, &mut spec)?;
 
-    private_dir(bundle.dir()).map_err(io_at("make", bundle.dir()))?;
     let rootfs = bundle.rootfs();
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
     let json = serde_json::to_vec(&spec).expect("a spec serialises");
@@ -426,8 +449,12 @@ pub(super) async fn free(
             Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
         }
     }
-    let rootfs = services.shims.container_bundle(id).rootfs();
-    tokio::task::spawn_blocking(move || unmount(&rootfs)).await.unwrap_or(Err(Error::Panicked))
+    let bundle = services.shims.container_bundle(id);
+    let unmounted = tokio::task::spawn_blocking(move || {
+        unmount(&bundle.rootfs())?;
+        volumes::unmount_images(&bundle)
+    });
+    unmounted.await.unwrap_or(Err(Error::Panicked))
 }
 
 /// Removes a container, killing it first if it runs.
@@ -463,7 +490,28 @@ pub(super) async fn take_away(
     free(services, client, id).await?;
     let image = services.images.remove_snapshot(id).await;
     image.map_err(|source| Error::Image { name: record.config.name.clone(), source })?;
+    volumes::remove(services, id).await?;
     remove_dir(services.shims.container_bundle(id).dir()).await
+}
+
+/// Removes the cgroup of a container that was not made. crun leaves it when a limit is refused, and
+/// then knows no container that could be deleted. With systemd its slice goes when it is empty.
+async fn remove_cgroup(services: &Services, pod: &PodRecord, id: &ContainerId) {
+    if services.config.runtime.cgroup_driver != CgroupDriver::Cgroupfs {
+        return;
+    }
+    let path = spec::cgroups_path(&pod.config.cgroup_parent, &pod.id, id, CgroupDriver::Cgroupfs);
+    let work = move || {
+        let cgroup = Cgroup::at(&path)?;
+        if cgroup.exists() {
+            cgroup.kill()?;
+            cgroup.remove()?;
+        }
+        Ok::<_, io::Error>(())
+    };
+    if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
+        warn!(container = id.short(), %error, "a cgroup is left");
+    }
 }
 
 /// Takes away a container that a crash left half made.
@@ -486,7 +534,19 @@ pub(super) async fn discard(
         }
     }
     take_away(&services, client.as_ref(), &record).await?;
+    remove_cgroup(&services, &pod.view().record, &record.id).await;
     Ok(Effect::Removed(record.id))
+}
+
+/// Takes the CPU quota of a process's cgroup away, on version 1. Whether that was done.
+async fn remove_quota(pid: Option<u32>) -> bool {
+    let Some(pid) = pid else { return false };
+    let work = move || {
+        let cgroup = Cgroup::from_pid(pid).ok()?;
+        let dir = cgroup.controller("cpu")?;
+        std::fs::write(dir.join("cpu.cfs_quota_us"), "-1").ok()
+    };
+    tokio::task::spawn_blocking(work).await.is_ok_and(|done| done.is_some())
 }
 
 /// Changes a container's resources, in the kernel and in its record.
@@ -497,17 +557,31 @@ pub(super) async fn update(
     resources: Box<Resources>,
 ) -> Result<Effect, Error> {
     let id = record.id;
-    let merged = record.config.resources.merged(*resources);
+    let mut merged = record.config.resources.merged(*resources);
     if !record.state.is_exited() {
         let client = pod.client().await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
         let json = serde_json::to_vec(&linux).expect("resources serialise");
-        client.update(id.as_str(), json).await.map_err(|source| Error::Task {
-            what: "update",
-            id: id.clone(),
-            source,
-        })?;
+        let mut updated = client.update(id.as_str(), json).await;
+        // crun 1.8 cannot take a quota away on cgroup v1: it writes -1 as an unsigned number.
+        if updated.is_err() && merged.cpu_quota == -1 && remove_quota(record.state.pid()).await {
+            let rest = Resources { cpu_quota: 0, ..merged.clone() };
+            let linux = spec::update(&rest, &services.node)
+                .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
+            let json = serde_json::to_vec(&linux).expect("resources serialise");
+            updated = client.update(id.as_str(), json).await;
+        }
+        updated.map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;
+        if let Some(pid) = record.state.pid() {
+            // It may end any time: then what was asked is all there is to say.
+            let asked = merged.clone();
+            let seen = tokio::task::spawn_blocking(move || match Cgroup::from_pid(pid) {
+                Ok(cgroup) => readback::observed(asked, &cgroup),
+                Err(_) => asked,
+            });
+            merged = seen.await.map_err(|_| Error::Panicked)?;
+        }
     }
     Ok(Effect::Updated { id, resources: Box::new(merged) })
 }

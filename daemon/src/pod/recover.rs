@@ -83,6 +83,8 @@ impl Pods {
                 }
             }
         }
+        let known = |id: &ContainerId| self.index().containers.contains_key(id);
+        super::volumes::sweep(&self.services, known).await;
         let valid: Vec<PodId> = self.index().pods.keys().cloned().collect();
         if let Err(error) = self.services.network.gc(&valid).await {
             warn!(error = %chain(&error), "network leftovers stay until the next start");
@@ -132,10 +134,11 @@ impl Pods {
                 source,
             })?;
         }
-        let (rootfs, shm) = (bundle.rootfs(), bundle.shm());
+        let at = bundle.clone();
         let unmounted = tokio::task::spawn_blocking(move || {
-            unmount(&rootfs)?;
-            unmount(&shm)
+            unmount(&at.rootfs())?;
+            super::volumes::unmount_images(&at)?;
+            unmount(&at.shm())
         });
         unmounted.await.unwrap_or(Err(Error::Panicked))?;
         remove_dir(bundle.dir()).await

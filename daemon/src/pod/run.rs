@@ -21,11 +21,13 @@ use super::{
     config::{IdMapping, PidMode, PodConfig},
     container,
     task::Effect,
+    volumes,
 };
 use crate::{
     error::chain,
     network::Attach,
     shims::{self, Link, private_dir},
+    spec,
     store::pods::PodRecord,
 };
 
@@ -90,7 +92,11 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
     let id = &record.id;
     let config = &record.config;
     let bundle = services.shims.pod_bundle(id);
-    private_dir(bundle.dir()).map_err(io_at("make", bundle.dir()))?;
+    let (major, minor) = services.node.kernel;
+    if config.namespaces.user.is_some() && (major, minor) < spec::MAPPED_LAYERS {
+        return Err(Error::NoMappedLayers { id: id.clone(), major, minor });
+    }
+    volumes::owned_dir(bundle.dir(), config.namespaces.user.as_ref())?;
     let files = {
         let (bundle, config) = (bundle.clone(), config.clone());
         tokio::task::spawn_blocking(move || make_files(&bundle, &config))
@@ -218,6 +224,7 @@ fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
         use std::os::unix::fs::PermissionsExt;
         let mode = fs::Permissions::from_mode(0o644);
         fs::set_permissions(&file, mode).map_err(io_at("set the mode of", &file))?;
+        give_to_root(&file, config)?;
     }
     if !config.namespaces.host_ipc {
         let shm = bundle.shm();
@@ -227,14 +234,17 @@ fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
         let options = std::ffi::CString::new(options).expect("no NUL in it");
         rustix::mount::mount("shm", &shm, "tmpfs", flags, options.as_c_str())
             .map_err(|e| io_at("mount", &shm)(e.into()))?;
-        if let Some(user) = &config.namespaces.user {
-            let root =
-                |ids: &[IdMapping]| ids.iter().find(|m| m.container_id == 0).map(|m| m.host_id);
-            std::os::unix::fs::chown(&shm, root(&user.uids), root(&user.gids))
-                .map_err(io_at("give to the pod's root", &shm))?;
-        }
+        give_to_root(&shm, config)?;
     }
     Ok(())
+}
+
+/// Gives a file to the root of the pod's user namespace, if it has one.
+fn give_to_root(path: &Path, config: &PodConfig) -> Result<(), Error> {
+    let Some(user) = &config.namespaces.user else { return Ok(()) };
+    let root = |ids: &[IdMapping]| ids.iter().find(|m| m.container_id == 0).map(|m| m.host_id);
+    std::os::unix::fs::chown(path, root(&user.uids), root(&user.gids))
+        .map_err(io_at("give to the pod's root", path))
 }
 
 /// Kills the pod's containers, takes its network and its namespaces away and ends its shim. The

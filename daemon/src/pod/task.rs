@@ -44,10 +44,23 @@ pub(super) enum Request {
     Run,
     StopPod,
     RemovePod,
-    Create { config: Box<ContainerConfig> },
-    Start { id: ContainerId },
-    Remove { id: ContainerId },
-    Update { id: ContainerId, resources: Box<Resources> },
+    Create {
+        config: Box<ContainerConfig>,
+    },
+    Start {
+        id: ContainerId,
+    },
+    Remove {
+        id: ContainerId,
+    },
+    Update {
+        id: ContainerId,
+        resources: Box<Resources>,
+    },
+    /// New overhead and new sum of the containers' resources; `None`: as it was.
+    UpdatePod {
+        change: Box<(Option<Resources>, Option<Resources>)>,
+    },
 }
 
 /// What a request is answered with.
@@ -84,6 +97,7 @@ enum Op {
     Start(ContainerId),
     Remove(ContainerId),
     Update(ContainerId),
+    UpdatePod,
     /// Frees what the runtime holds of an ended container.
     Reap(ContainerId),
     /// Takes away a container, or the pod, that a crash left half made.
@@ -100,7 +114,13 @@ impl Op {
         match self {
             Op::Start(of) | Op::Remove(of) | Op::Update(of) | Op::Reap(of) => of == id,
             Op::Discard(of) => of.as_ref() == Some(id),
-            Op::Run | Op::StopPod | Op::RemovePod | Op::Create(..) | Op::Link | Op::Watch => false,
+            Op::Run
+            | Op::StopPod
+            | Op::RemovePod
+            | Op::UpdatePod
+            | Op::Create(..)
+            | Op::Link
+            | Op::Watch => false,
         }
     }
 
@@ -114,6 +134,7 @@ impl Op {
             | Op::Start(_)
             | Op::Remove(_)
             | Op::Update(_)
+            | Op::UpdatePod
             | Op::Reap(_)
             | Op::Discard(_) => true,
             Op::Link | Op::Watch => false,
@@ -130,6 +151,7 @@ pub(super) enum Effect {
     Started { id: ContainerId, at: SystemTime },
     Removed(ContainerId),
     Updated { id: ContainerId, resources: Box<Resources> },
+    PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     Reaped,
     Linked { client: Client, exits: Vec<recover::Seen> },
     Dead { exits: Vec<recover::Seen> },
@@ -334,6 +356,9 @@ impl Owner {
             Request::Remove { id } => running.any(|op| {
                 op.touches(id) && !matches!(op, Op::Remove(_)) || matches!(op, Op::RemovePod)
             }),
+            Request::UpdatePod { .. } => running.any(|op| {
+                matches!(op, Op::Run | Op::UpdatePod | Op::RemovePod | Op::Discard(None))
+            }),
             // A shim does not go before its last container, known or not.
             Request::StopPod => {
                 running.any(|op| matches!(op, Op::Run | Op::RemovePod | Op::Discard(_)))
@@ -423,6 +448,10 @@ impl Owner {
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
                 self.join(op, reply, container::update(services, pod, record, resources));
+            }
+            // Nothing outside is to be done; it goes the way of all changes.
+            Request::UpdatePod { change } => {
+                self.join(Op::UpdatePod, reply, async { Ok(Effect::PodUpdated(change)) });
             }
             Request::StopPod => {
                 if self.record.state == PodState::NotReady
@@ -567,6 +596,14 @@ impl Owner {
                     self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
                 }
             }
+            Effect::PodUpdated(change) => {
+                let (overhead, resources) = *change;
+                let mut record = (*self.record).clone();
+                record.config.overhead = overhead.or(record.config.overhead);
+                record.config.resources = resources.or(record.config.resources);
+                self.save_pod(record).await?;
+                self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
+            }
             Effect::Reaped => {}
             Effect::Linked { client, exits } => {
                 self.connected(client);
@@ -629,6 +666,7 @@ impl Owner {
             Op::RemovePod
             | Op::Remove(_)
             | Op::Update(_)
+            | Op::UpdatePod
             | Op::Reap(_)
             | Op::Discard(Some(_))
             | Op::Link

@@ -12,10 +12,7 @@ const RTMAX: i32 = 64;
 
 /// The arguments, by Kubernetes' rules: a `command` replaces the image's entrypoint and with it its
 /// cmd; `args` alone replace the cmd.
-pub(super) fn arguments(
-    container: &ContainerConfig,
-    image: &ImageDefaults,
-) -> Result<Vec<String>, Error> {
+pub fn arguments(container: &ContainerConfig, image: &ImageDefaults) -> Result<Vec<String>, Error> {
     let (program, args) = match (&container.command[..], &container.args[..]) {
         ([], []) => (&image.entrypoint, &image.cmd),
         ([], _) => (&image.entrypoint, &container.args),

@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxIdMapping, LinuxIdMappingBuilder, Mount as OciMount
 use super::{Error, Input};
 use crate::{
     node::{HostPropagation, MountFacts},
-    pod::config::{ContainerConfig, IdMapping, Mount, Propagation},
+    pod::config::{ContainerConfig, IdMapping, Mount, PodRef, Propagation},
 };
 
 /// A container's mounts, and what they need of the root.
@@ -55,7 +55,7 @@ pub(super) fn all(input: &Input<'_>) -> Result<Mounts, Error> {
 }
 
 /// What can be said of the mounts without a look at the host.
-pub(super) fn check(container: &ContainerConfig) -> Result<(), Error> {
+pub(super) fn check(pod: &PodRef<'_>, container: &ContainerConfig) -> Result<(), Error> {
     for (index, mount) in container.mounts.iter().enumerate() {
         let refuse = |field: &str, reason: String| {
             Err(Error::invalid(format!("mounts[{index}]{field}"), reason))
@@ -95,6 +95,29 @@ pub(super) fn check(container: &ContainerConfig) -> Result<(), Error> {
                     ".recursive_read_only",
                     "it needs private propagation: a mount that comes later could not be made read-only"
                         .to_owned(),
+                );
+            }
+        }
+        if mount.image.is_some() {
+            let parts = Path::new(&mount.image_sub_path).components();
+            if mount.image_sub_path.contains('\0')
+                || parts.into_iter().any(|p| !matches!(p, Component::Normal(_) | Component::CurDir))
+            {
+                let reason = format!(
+                    "{:?} is not a path below the image's root, without \"..\"",
+                    mount.image_sub_path
+                );
+                return refuse(".image_sub_path", reason);
+            }
+            let user = pod.config.namespaces.user.as_ref();
+            let (uids, gids) =
+                user.map_or((&[][..], &[][..]), |user| (&user.uids[..], &user.gids[..]));
+            if (!mount.uid_mappings.is_empty() && mount.uid_mappings != uids)
+                || (!mount.gid_mappings.is_empty() && mount.gid_mappings != gids)
+            {
+                return refuse(
+                    ".uid_mappings",
+                    "an image can be mounted with the pod's own mappings only".to_owned(),
                 );
             }
         }
@@ -205,8 +228,8 @@ impl Mounts {
             options.push(if mount.readonly { "ro" } else { "rw" });
         }
         if mount.image.is_some() {
-            // KEP-4639: what comes in as data is not run.
-            options.extend(["nosuid", "nodev", "noexec"]);
+            // Its programs may be run (KEP-4639), but nobody becomes another by it.
+            options.extend(["nosuid", "nodev"]);
         }
         for option in &mount.options {
             // A runtime takes what it does not know as data for the file system, which fails late.
@@ -221,7 +244,8 @@ impl Mounts {
             }
         }
         let mut out = plain_bind(&source, clean(&mount.container_path), &options);
-        if !mount.uid_mappings.is_empty() {
+        // An image is mounted with the pod's mappings already.
+        if !mount.uid_mappings.is_empty() && mount.image.is_none() {
             if !input.features.idmap {
                 return Err(lacking(
                     "uid_mappings",
@@ -348,7 +372,7 @@ pub(super) fn mappings(ranges: &[IdMapping]) -> Vec<LinuxIdMapping> {
 
 /// The path without ".", ".." and doubled slashes, by its words alone: ".." above the root is the
 /// root, as in a chroot.
-pub(super) fn clean(path: &str) -> PathBuf {
+pub fn clean(path: &str) -> PathBuf {
     let mut out = PathBuf::from("/");
     for part in Path::new(path).components() {
         match part {

@@ -61,6 +61,11 @@ pub(super) fn create(
 ) -> Result<LinuxResources, Error> {
     let mut out = LinuxResources::default();
     apply(&mut out, resources, node)?;
+    // A new cgroup has no quota, and crun 1.8 cannot write "none" on v1.
+    if let Some(mut cpu) = out.cpu().clone().filter(|cpu| cpu.quota() == Some(-1)) {
+        cpu.set_quota(None);
+        out.set_cpu((cpu != LinuxCpu::default()).then_some(cpu));
+    }
     if pids_limit > 0 && node.cgroup.has("pids") && !resources.unified.contains_key("pids.max") {
         let mut pids = LinuxPids::default();
         pids.set_limit(pids_limit);

@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A node that has everything: cgroup v2, all capabilities; but no AppArmor and no SELinux.
-pub(super) fn node() -> Node {
+pub(crate) fn node() -> Node {
     let controllers = ["cpu", "cpuset", "hugetlb", "io", "memory", "pids"];
     Node {
         hostname: "node-1".into(),

@@ -57,10 +57,10 @@ pub struct StoredImage {
     pub names: Vec<(String, String)>,
 }
 
-/// A container's root file system.
+/// A container's root file system, or an image that it mounts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredSnapshot {
-    /// Of this container.
+    /// Of this container; `<container>/<mount>` for an image that it mounts.
     pub container: String,
     /// Id of the image it was made from, which may be gone.
     pub image: String,
@@ -237,7 +237,16 @@ impl Store {
         image: &Digest,
         layers: Vec<u64>,
     ) -> Result<(), Error> {
-        let (container, image) = (container.to_string(), image.to_string());
+        self.add_held(container.to_string(), image, layers).await
+    }
+
+    async fn add_held(
+        &self,
+        container: String,
+        image: &Digest,
+        layers: Vec<u64>,
+    ) -> Result<(), Error> {
+        let image = image.to_string();
         self.call(move |db| {
             db.execute(
                 "INSERT INTO snapshots (container, image) VALUES (?1, ?2)",
@@ -254,11 +263,27 @@ impl Store {
         .await
     }
 
-    /// Forgets a snapshot, after its directory is gone.
+    /// Records that a container's mount of this number shows an image.
+    pub async fn add_image_volume(
+        &self,
+        container: &ContainerId,
+        mount: usize,
+        image: &Digest,
+        layers: Vec<u64>,
+    ) -> Result<(), Error> {
+        self.add_held(format!("{container}/{mount}"), image, layers).await
+    }
+
+    /// Forgets a snapshot, after its directory is gone, and the container's image volumes.
     pub async fn remove_snapshot(&self, container: &ContainerId) -> Result<(), Error> {
         let container = container.to_string();
         self.call(move |db| {
-            db.execute("DELETE FROM snapshots WHERE container = ?1", [container])?;
+            // '0' comes after '/': a range, so that the index is used.
+            db.execute(
+                "DELETE FROM snapshots WHERE container = ?1
+                 OR (container > ?1 || '/' AND container < ?1 || '0')",
+                [container],
+            )?;
             Ok(())
         })
         .await

@@ -33,6 +33,8 @@ CREATE TABLE image_names (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX image_names_by_image ON image_names (image);
 -- A container's writable layer is the directory snapshots/<container>. The row comes before it.
+-- A row <container>/<mount> has no directory: it keeps the layers of an image that the container
+-- mounts.
 CREATE TABLE snapshots (
     container   TEXT PRIMARY KEY,
     image       TEXT NOT NULL

@@ -124,7 +124,7 @@ impl Processes {
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| error.to_string())?;
-        let master: std::fs::File = std::os::fd::OwnedFd::from(master).into();
+        let master: std::fs::File = master.into();
         let (read, write) = (master.try_clone().unwrap(), master.try_clone().unwrap());
         let (mut read, mut write) =
             (tokio::fs::File::from_std(read), tokio::fs::File::from_std(write));
@@ -202,7 +202,7 @@ impl Backend for Processes {
             .await
             .map_err(|error| format!("connect to port {port}: {error}"))?;
         let result =
-            tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut pod, 65536, 65536).await;
+            tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut pod, 16384, 16384).await;
         result.map(|_| ()).map_err(|error| format!("forward port {port}: {error}"))
     }
 }
