@@ -131,7 +131,8 @@ impl RuntimeService for Service {
         request: Request<cri::RunPodSandboxRequest>,
     ) -> Answer<cri::RunPodSandboxResponse> {
         let request = request.into_inner();
-        let config = request.config.ok_or_else(|| Status::invalid_argument("config: it is required"))?;
+        let config =
+            request.config.ok_or_else(|| Status::invalid_argument("config: it is required"))?;
         let config = convert::pod_config(config)?;
         let id = self.pods.run(config, &request.runtime_handler).await.map_err(failed)?;
         Ok(Response::new(cri::RunPodSandboxResponse { pod_sandbox_id: id.to_string() }))
@@ -189,7 +190,8 @@ impl RuntimeService for Service {
     ) -> Answer<cri::CreateContainerResponse> {
         let request = request.into_inner();
         let pod = id("pod_sandbox_id", request.pod_sandbox_id)?;
-        let config = request.config.ok_or_else(|| Status::invalid_argument("config: it is required"))?;
+        let config =
+            request.config.ok_or_else(|| Status::invalid_argument("config: it is required"))?;
         let config = convert::container_config(config)?;
         let id = self.pods.create(&pod, config).await.map_err(failed)?;
         Ok(Response::new(cri::CreateContainerResponse { container_id: id.to_string() }))
@@ -255,7 +257,8 @@ impl RuntimeService for Service {
     ) -> Answer<cri::UpdateContainerResourcesResponse> {
         let request = request.into_inner();
         let id = id("container_id", request.container_id)?;
-        let linux = request.linux.ok_or_else(|| Status::invalid_argument("linux: it is required"))?;
+        let linux =
+            request.linux.ok_or_else(|| Status::invalid_argument("linux: it is required"))?;
         self.pods.update(&id, convert::resources(linux)).await.map_err(failed)?;
         Ok(Response::new(cri::UpdateContainerResourcesResponse {}))
     }

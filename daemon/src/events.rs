@@ -12,11 +12,9 @@ use std::{
 
 use tokio::sync::broadcast::{self, error::RecvError};
 
-use crate::{
-    pod::{
-        PodView,
-        state::{ContainerState, PodState},
-    },
+use crate::pod::{
+    PodView,
+    state::{ContainerState, PodState},
 };
 
 /// Changes kept for slow subscribers. One that is further behind is brought up to date instead.
@@ -163,4 +161,3 @@ fn states(pods: &[Arc<PodView>]) -> Vec<(String, Kind, Arc<PodView>)> {
     }
     states
 }
-

@@ -16,6 +16,7 @@
 //! layers stay until the last root file system on them is removed.
 
 pub mod archive;
+mod connect;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
@@ -351,7 +352,8 @@ impl Images {
                 snapshot.layers.iter().map(|number| restored.get(number).cloned()).collect();
             if let Some((container, _)) = snapshot.container.split_once('/') {
                 if let Ok(id) = container.parse() {
-                    snapshots.restore_volume(id, held.unwrap_or_default());
+                    let here = snapshot.layers.iter().filter_map(|n| restored.get(n).cloned());
+                    snapshots.restore_volume(id, here.collect());
                 }
                 continue;
             }
@@ -361,7 +363,7 @@ impl Images {
             if held.is_none() {
                 tracing::error!(container = %id, "root file system has lost layers");
             }
-            snapshots.restore(id, image, held.unwrap_or_default());
+            snapshots.restore(id, image, held);
         }
         Ok(Self {
             shared: Arc::new(Shared {

@@ -56,7 +56,9 @@ const GOODBYE: Duration = Duration::from_secs(5);
 pub enum Error {
     #[error("{what} {path}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
-    #[error("another holdfastd runs with state directory {0}: end it first, or use another directory")]
+    #[error(
+        "another holdfastd runs with state directory {0}: end it first, or use another directory"
+    )]
     Running(PathBuf),
     #[error("{0} exists and is not a socket: move it away, or set grpc.socket")]
     NotASocket(PathBuf),

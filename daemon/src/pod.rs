@@ -70,9 +70,13 @@ pub enum Error {
     Ambiguous(String),
     #[error("pod {0} is not ready: it was stopped, or its shim died; make a new one")]
     PodNotReady(PodId),
-    #[error("pod {namespace}/{name} attempt {attempt} exists as {id} and is stopped: remove it first")]
+    #[error(
+        "pod {namespace}/{name} attempt {attempt} exists as {id} and is stopped: remove it first"
+    )]
     PodExists { namespace: String, name: String, attempt: u32, id: PodId },
-    #[error("container {name:?} attempt {attempt} exists in the pod as {id} and is {state}: remove it first")]
+    #[error(
+        "container {name:?} attempt {attempt} exists in the pod as {id} and is {state}: remove it first"
+    )]
     ContainerExists { name: String, attempt: u32, id: ContainerId, state: &'static str },
     #[error("container {id} is {state}: {what}")]
     Wrong { id: ContainerId, state: &'static str, what: &'static str },
@@ -84,7 +88,9 @@ pub enum Error {
     NoImage(String),
     #[error("the shim of pod {0} does not answer: it is being reached again, try once more")]
     Unreachable(PodId),
-    #[error("container {id} still runs {after:?} after SIGKILL: a process may hang in the kernel (see state D in ps)")]
+    #[error(
+        "container {id} still runs {after:?} after SIGKILL: a process may hang in the kernel (see state D in ps)"
+    )]
     StillRuns { id: ContainerId, after: Duration },
     #[error("{what} of container {id} did not end within {after:?}")]
     Timeout { what: &'static str, id: ContainerId, after: Duration },
@@ -243,7 +249,9 @@ impl Pod {
         let mut link = self.link.clone();
         match shims::connected(&mut link, RECONNECT).await {
             Some(client) => Ok(client),
-            None if matches!(*link.borrow(), Link::Down) => Err(Error::PodNotReady(self.id.clone())),
+            None if matches!(*link.borrow(), Link::Down) => {
+                Err(Error::PodNotReady(self.id.clone()))
+            }
             None => Err(Error::Unreachable(self.id.clone())),
         }
     }
@@ -294,13 +302,13 @@ impl Index {
 }
 
 /// The one entry whose id is `text`, or begins with it.
-fn by_prefix<'a, K: AsRef<str> + Ord, V>(
+fn by_prefix<'a, K, V>(
     map: &'a BTreeMap<K, V>,
     text: &str,
     missing: fn(String) -> Error,
 ) -> Result<(&'a K, &'a V), Error>
 where
-    K: std::borrow::Borrow<str>,
+    K: std::borrow::Borrow<str> + Ord,
 {
     use std::ops::Bound;
     if text.is_empty() {
@@ -308,11 +316,11 @@ where
     }
     let mut found = map
         .range::<str, _>((Bound::Included(text), Bound::Unbounded))
-        .take_while(|(id, _)| id.as_ref().starts_with(text));
+        .take_while(|(id, _)| (*id).borrow().starts_with(text));
     match (found.next(), found.next()) {
         (None, _) => Err(missing(text.to_owned())),
         (Some(one), None) => Ok(one),
-        (Some(first), Some(_)) if first.0.as_ref() == text => Ok(first),
+        (Some(first), Some(_)) if first.0.borrow() == text => Ok(first),
         (Some(_), Some(_)) => Err(Error::Ambiguous(text.to_owned())),
     }
 }
@@ -371,9 +379,12 @@ impl Pods {
 
     /// Whether a container of any state uses the image.
     pub fn uses_image(&self, image_id: &str) -> Option<ContainerId> {
-        self.list().iter().flat_map(|pod| pod.containers.values().cloned().collect::<Vec<_>>()).find_map(
-            |container| (container.record.image_id == image_id).then(|| container.record.id.clone()),
-        )
+        self.list()
+            .iter()
+            .flat_map(|pod| pod.containers.values().cloned().collect::<Vec<_>>())
+            .find_map(|container| {
+                (container.record.image_id == image_id).then(|| container.record.id.clone())
+            })
     }
 
     fn handler(&self, name: &str) -> Result<PathBuf, Error> {
@@ -526,7 +537,8 @@ impl Pods {
     pub async fn reopen_log(&self, id: &str) -> Result<(), Error> {
         let (pod, container) = self.find_container(id)?;
         let record = &container.record;
-        if !matches!(record.state, ContainerState::Running { .. } | ContainerState::Created { .. }) {
+        if !matches!(record.state, ContainerState::Running { .. } | ContainerState::Created { .. })
+        {
             return Err(Error::Wrong {
                 id: record.id.clone(),
                 state: record.state.name(),
@@ -534,10 +546,9 @@ impl Pods {
             });
         }
         let bundle = self.services.shims.pod_bundle(&pod.id);
-        Control::new(&bundle)
-            .reopen_log(record.id.as_str(), Duration::from_secs(10))
-            .await
-            .map_err(|source| Error::Task { what: "reopen the log of", id: record.id.clone(), source })
+        Control::new(&bundle).reopen_log(record.id.as_str(), Duration::from_secs(10)).await.map_err(
+            |source| Error::Task { what: "reopen the log of", id: record.id.clone(), source },
+        )
     }
 
     /// Runs a command in a container and waits for its end.

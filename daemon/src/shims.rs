@@ -93,7 +93,12 @@ impl Shims {
         }
     }
 
-    fn command(&self, id: &str, bundle: &Bundle, options: Option<protobuf::MessageField<Any>>) -> Command {
+    fn command(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        options: Option<protobuf::MessageField<Any>>,
+    ) -> Command {
         Command {
             binary: self.binary.clone(),
             namespace: NAMESPACE.into(),
@@ -103,10 +108,7 @@ impl Shims {
             grpc: self.grpc.clone(),
             publish_binary: std::env::current_exe().unwrap_or_else(|_| "holdfastd".into()),
             options: options.and_then(|o| o.into_option()),
-            env: vec![(
-                "HOLDFAST_RUNTIME_TIMEOUT_MS".into(),
-                self.timeout.as_millis().to_string(),
-            )],
+            env: vec![("HOLDFAST_RUNTIME_TIMEOUT_MS".into(), self.timeout.as_millis().to_string())],
             debug: self.debug,
             socket_dir: self.sockets.clone(),
         }

@@ -74,7 +74,8 @@ impl Stats {
         let id = &view.record.id;
         let (cgroup, mut cpu, mut layer) = {
             let mut all = self.last.lock().unwrap_or_else(|e| e.into_inner());
-            let last = all.entry(id.clone()).or_insert(Last { cgroup: None, cpu: None, layer: None });
+            let last =
+                all.entry(id.clone()).or_insert(Last { cgroup: None, cpu: None, layer: None });
             let pid = view.record.state.pid();
             if last.cgroup.as_ref().map(|(pid, _)| *pid) != pid {
                 let found = pid.and_then(|pid| Some((pid, Arc::new(Cgroup::from_pid(pid).ok()?))));

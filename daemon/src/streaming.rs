@@ -110,8 +110,7 @@ impl Backend for Sessions {
     }
 
     async fn attach(&self, request: AttachRequest, streams: Streams) -> Result<(), String> {
-        let (pod, container) =
-            self.0.find_running(&request.container).map_err(|e| chain(&e))?;
+        let (pod, container) = self.0.find_running(&request.container).map_err(|e| chain(&e))?;
         let bundle = self.0.services().shims.pod_bundle(pod.id());
         let attach = Attach {
             stdin: request.stdin && container.record.config.stdin,
@@ -251,7 +250,9 @@ async fn connect(netns: Option<PathBuf>, port: u16) -> io::Result<TcpStream> {
                 let ns = File::open(path)?;
                 nix::sched::setns(&ns, nix::sched::CloneFlags::CLONE_NEWNET)?;
             }
-            let to = |ip: IpAddr| std::net::TcpStream::connect_timeout(&SocketAddr::new(ip, port), CONNECT);
+            let to = |ip: IpAddr| {
+                std::net::TcpStream::connect_timeout(&SocketAddr::new(ip, port), CONNECT)
+            };
             to(Ipv4Addr::LOCALHOST.into()).or_else(|error| {
                 // What listens on IPv6 alone is tried too; the first answer is the one to tell.
                 to(Ipv6Addr::LOCALHOST.into()).map_err(|_| error)

@@ -186,23 +186,46 @@ impl Input {
     }
 }
 
-/// The answer of `start`, in the dialect of the question. Daemons before 2.3 understand JSON, and
-/// containerd 1.7 takes no version above 2.
-pub(crate) fn answer(input: &Input, address: &str) -> Vec<u8> {
-    if matches!(input, Input::Params(_)) {
-        let mut result = BootstrapResult::new();
-        result.version = 3;
-        result.address = address.to_owned();
-        result.protocol = "ttrpc".into();
-        return result.write_to_bytes().unwrap_or_default();
+/// What a daemon can read of an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reader {
+    /// The address alone: containerd up to 1.6.
+    Address,
+    /// JSON, with this version of the Task service at most.
+    Json(u32),
+}
+
+impl Reader {
+    /// containerd from 1.7 on sets `MAX_SHIM_VERSION`. Its value is 2 in all of them, though 2.x take
+    /// version 3; who knows better says so by `HOLDFAST_SHIM_VERSION=3`.
+    pub(crate) fn from_environment() -> Self {
+        if std::env::var("HOLDFAST_SHIM_VERSION").is_ok_and(|version| version == "3") {
+            Reader::Json(3)
+        } else if std::env::var_os("MAX_SHIM_VERSION").is_some() {
+            Reader::Json(2)
+        } else {
+            Reader::Address
+        }
     }
-    let version = match std::env::var("HOLDFAST_SHIM_VERSION").as_deref() {
-        Ok("3") => 3,
-        _ => 2,
-    };
-    serde_json::json!({"version": version, "address": address, "protocol": "ttrpc"})
-        .to_string()
-        .into_bytes()
+}
+
+/// The answer of `start`, in the dialect of the question.
+pub(crate) fn answer(input: &Input, reader: Reader, address: &str) -> Vec<u8> {
+    match (input, reader) {
+        (Input::Params(_), _) => {
+            let mut result = BootstrapResult::new();
+            result.version = 3;
+            result.address = address.to_owned();
+            result.protocol = "ttrpc".into();
+            result.write_to_bytes().unwrap_or_default()
+        }
+        (_, Reader::Address) => address.as_bytes().to_vec(),
+        (_, Reader::Json(version)) => {
+            serde_json::json!({"version": version, "address": address, "protocol": "ttrpc"})
+                .to_string()
+                .into_bytes()
+        }
+    }
 }
 
 /// The group a container's shim serves: from its annotations, else the id itself. A pod of our
@@ -324,9 +347,12 @@ mod tests {
 
     #[test]
     fn the_answer_is_in_the_dialect_of_the_question() {
-        let text = String::from_utf8(answer(&Input::Empty, "unix:///s")).unwrap();
-        assert_eq!(text, r#"{"version":2,"address":"unix:///s","protocol":"ttrpc"}"#);
-        let bytes = answer(&Input::Params(BootstrapParams::new()), "unix:///s");
+        let text = |reader| String::from_utf8(answer(&Input::Empty, reader, "unix:///s")).unwrap();
+        let json = r#"{"version":2,"address":"unix:///s","protocol":"ttrpc"}"#;
+        assert_eq!(text(Reader::Json(2)), json);
+        assert_eq!(text(Reader::Address), "unix:///s");
+        let params = Input::Params(BootstrapParams::new());
+        let bytes = answer(&params, Reader::Json(2), "unix:///s");
         let result = BootstrapResult::parse_from_bytes(&bytes).unwrap();
         assert_eq!((result.version, result.protocol.as_str()), (3, "ttrpc"));
     }

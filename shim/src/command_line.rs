@@ -25,7 +25,7 @@ use holdfast_protos::shim::{
 };
 
 use crate::{
-    bootstrap::{self, Action, Arguments, Input},
+    bootstrap::{self, Action, Arguments, Input, Reader},
     bundle::{Bundle, ExitRecord, replace},
     cgroup::Cgroup,
     mounts, namespaces,
@@ -134,7 +134,7 @@ fn start(arguments: &Arguments) -> Result<(), String> {
     let group = bootstrap::group(&bundle, &arguments.id)?;
     let socket = bootstrap::socket_path(arguments, &input, &group)?;
     let address = format!("unix://{}", socket.display());
-    let said = bootstrap::answer(&input, &address);
+    let said = bootstrap::answer(&input, Reader::from_environment(), &address);
     let write = |path: PathBuf, text: &str| {
         replace(&path, text.as_bytes(), false).map_err(|e| format!("{}: {e}", path.display()))
     };

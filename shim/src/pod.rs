@@ -201,6 +201,10 @@ pub(crate) struct Container {
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
+    /// Of its user namespace; empty: it has none.
+    ids: IdMaps,
+    /// Held while the runtime deletes it: a second `delete` at the same time meets a frozen cgroup.
+    deleting: tokio::sync::Mutex<()>,
 }
 
 impl Container {
@@ -322,12 +326,62 @@ pub(crate) struct Pod {
 struct Spec {
     #[serde(default)]
     linux: Linux,
+    #[serde(default)]
+    process: SpecProcess,
+}
+
+/// The OCI `Process`, of a container or of an exec, as far as its streams need it.
+#[derive(Deserialize, Default)]
+struct SpecProcess {
+    #[serde(default)]
+    user: SpecUser,
+}
+
+#[derive(Deserialize, Default, Clone, Copy)]
+#[serde(default)]
+struct SpecUser {
+    uid: u32,
+    gid: u32,
+}
+
+/// Who the ids of a container's user namespace are on the node.
+#[derive(Deserialize, Default, Clone)]
+#[serde(default)]
+pub(crate) struct IdMaps {
+    #[serde(rename = "uidMappings")]
+    uids: Vec<SpecIds>,
+    #[serde(rename = "gidMappings")]
+    gids: Vec<SpecIds>,
+}
+
+#[derive(Deserialize, Clone, Copy)]
+struct SpecIds {
+    #[serde(rename = "containerID")]
+    container: u32,
+    #[serde(rename = "hostID")]
+    host: u32,
+    size: u32,
+}
+
+impl IdMaps {
+    /// The user and group on the node; `None` if there are no mappings, or they have no such ids.
+    fn on_node(&self, user: SpecUser) -> Option<(u32, u32)> {
+        let find = |maps: &[SpecIds], id: u32| {
+            maps.iter().find_map(|map| {
+                let offset = id.checked_sub(map.container).filter(|offset| *offset < map.size)?;
+                map.host.checked_add(offset)
+            })
+        };
+        Some((find(&self.uids, user.uid)?, find(&self.gids, user.gid)?))
+    }
 }
 
 #[derive(Deserialize, Default)]
 struct Linux {
     #[serde(default)]
     namespaces: Vec<SpecNamespace>,
+    #[serde(flatten)]
+    ids: IdMaps,
 }
 
 #[derive(Deserialize)]
@@ -445,10 +499,12 @@ impl Pod {
             oom_kills_before: OnceLock::new(),
             shares_pids: !own_pids,
             paused: AtomicBool::new(false),
+            deleting: tokio::sync::Mutex::new(()),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
+            ids: spec.linux.ids.clone(),
         });
-        let pid = match self.launch_init(&container, &stdin, &stdout, &stderr).await {
+        let pid = match self.launch_init(&container, &stdin, &stdout, &stderr, spec.process.user).await {
             Ok(pid) => pid,
             Err(error) => {
                 if container.mounted {
@@ -487,8 +543,10 @@ impl Pod {
         stdin: &Source,
         stdout: &Sink,
         stderr: &Sink,
+        user: SpecUser,
     ) -> Called<u32> {
         let mut io = self.open_io(container, &container.init, stdin, stdout, stderr, false).await?;
+        io.give_to(container.ids.on_node(user)).map_err(io_error("give the streams away"))?;
         if container.restore.is_some() {
             *lock(&container.init.io) = Some(io);
             return Ok(0);
@@ -773,6 +831,9 @@ impl Pod {
         container.running("exec")?;
         let (stdin, stdout, stderr) = process.uris.parse()?;
         let mut io = self.open_io(container, &process, &stdin, &stdout, &stderr, true).await?;
+        // What is no process the runtime refuses itself, in its own words.
+        let user = serde_json::from_slice::<SpecProcess>(&process.spec).unwrap_or_default().user;
+        io.give_to(container.ids.on_node(user)).map_err(io_error("give the streams away"))?;
         let console = io.console();
         let given = io.take_given();
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
@@ -857,6 +918,9 @@ impl Pod {
             }
             return Ok(ended);
         }
+        let _turn = container.deleting.lock().await;
+        // Whoever had the turn before may have done it.
+        self.container(id)?;
         let ended = match container.init.stage() {
             Stage::Ended(ended) => ended,
             Stage::New => never(),
@@ -869,7 +933,17 @@ impl Pod {
                 container.init.ended().await
             }
         };
-        container.runtime.delete(&self.reaper, id, false).await?;
+        if let Err(error) = container.runtime.delete(&self.reaper, id, false).await {
+            // Its first process is dead, whatever the runtime thinks: crun takes a frozen cgroup
+            // for a paused container.
+            if let Some(cgroup) = container.cgroup() {
+                let _ = cgroup.freeze(false);
+            }
+            if error.reason() != Reason::NotRunning {
+                return Err(error.into());
+            }
+            container.runtime.delete(&self.reaper, id, true).await?;
+        }
         if let Some(cgroup) = container.cgroup() {
             // The runtime removes what it made; a nested cgroup of the container's own is left.
             let _ = cgroup.kill();

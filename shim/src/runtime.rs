@@ -74,7 +74,7 @@ impl Default for Runtime {
 pub(crate) enum Reason {
     /// It knows no such container.
     NoSuchContainer,
-    /// The container, or the process, has ended.
+    /// The container, or the process, is not in the state that the call needs.
     NotRunning,
     /// It has a container of that id.
     AlreadyExists,
@@ -86,6 +86,8 @@ pub(crate) enum Reason {
     WorkingDirectory,
     /// The container is frozen.
     Paused,
+    /// The container is not frozen.
+    NotPaused,
     /// The verb or a flag is unknown to it, or the kernel lacks what it needs.
     Unsupported,
     /// Anything else.
@@ -504,40 +506,150 @@ fn message(text: &[u8], exit: Exit) -> String {
     }
 }
 
-/// The reason in a message of runc, crun or runsc. The tests hold what each of them says.
+/// The reason in a message of runc, crun or runsc. The tests hold what runc and crun say.
 fn reason(message: &str) -> Reason {
     let text = message.to_ascii_lowercase();
     let has = |part: &str| text.contains(part);
-    if has("executable file not found") || (has("exec") && has("no such file or directory")) {
-        Reason::ExecutableNotFound
-    } else if has("chdir") || has("cwd") {
-        Reason::WorkingDirectory
-    } else if has("exec") && has("permission denied") {
-        Reason::ExecutableRefused
-    } else if (has("container") && has("does not exist"))
+    // In runc's words the program's own error follows `exec: "program"`.
+    let program = has("exec: \"") || has("executable file ");
+    if has("exec.fifo") {
+        // crun's start of what has been started.
+        Reason::NotRunning
+    } else if has("container does not exist")
         || has("no such container")
-        || (has("status") && has("no such file or directory"))
+        || text.starts_with("cannot open directory")
+        || (has("error opening file") && has("/status`"))
+        || (has("loading container") && has("does not exist"))
     {
         Reason::NoSuchContainer
-    } else if has("already exists") || has("id already in use") || has("container with given id") {
+    } else if program && (has("not found") || has("no such file or directory")) {
+        Reason::ExecutableNotFound
+    } else if (program && has("permission denied")) || has("open executable:") {
+        Reason::ExecutableRefused
+    } else if has("chdir") || has("working directory") {
+        Reason::WorkingDirectory
+    } else if has("already exists") {
         Reason::AlreadyExists
-    } else if has("paused") || has("frozen") {
+    } else if has("not paused") {
+        Reason::NotPaused
+    } else if has("paused") {
         Reason::Paused
     } else if has("not running")
-        || has("is stopped")
-        || has("process already finished")
-        || has("no such process")
         || has("stopped container")
+        || has("has stopped")
+        || has("not stopped")
+        || has("already running")
+        || has("no such process")
+        || has("already finished")
+        || has("is not in `created` or `stopped` state")
     {
         Reason::NotRunning
     } else if has("flag provided but not defined")
         || has("no help topic")
         || has("unknown command")
         || has("unrecognized option")
-        || has("not supported")
     {
         Reason::Unsupported
     } else {
         Reason::Other
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn logged(line: &str) -> Reason {
+        reason(&message(line.as_bytes(), Exit::Code(1)))
+    }
+
+    #[test]
+    fn what_runc_1_1_says_is_understood() {
+        for (msg, wanted) in [
+            ("container does not exist", Reason::NoSuchContainer),
+            ("exec failed: container does not exist", Reason::NoSuchContainer),
+            ("runc create failed: container with given ID already exists", Reason::AlreadyExists),
+            (
+                r#"runc create failed: unable to start container process: exec: \"/bin/nope\": stat /bin/nope: no such file or directory"#,
+                Reason::ExecutableNotFound,
+            ),
+            (
+                r#"exec failed: unable to start container process: exec: \"nope\": executable file not found in $PATH"#,
+                Reason::ExecutableNotFound,
+            ),
+            (
+                r#"exec failed: unable to start container process: exec: \"/etc\": permission denied"#,
+                Reason::ExecutableRefused,
+            ),
+            ("cannot start an already running container", Reason::NotRunning),
+            ("cannot start a container that has stopped", Reason::NotRunning),
+            ("cannot delete container c1 that is not stopped: running", Reason::NotRunning),
+            ("container not running", Reason::NotRunning),
+            ("exec failed: cannot exec in a stopped container", Reason::NotRunning),
+            ("container not paused", Reason::NotPaused),
+            (
+                "exec failed: cannot exec in a paused container (use --ignore-paused to override)",
+                Reason::Paused,
+            ),
+            (r"No help topic for 'nosuchverb'\n", Reason::Unsupported),
+            ("flag provided but not defined: -nosuchflag", Reason::Unsupported),
+            ("runc create failed: unexpected EOF", Reason::Other),
+        ] {
+            let line =
+                format!(r#"{{"level":"error","msg":"{msg}","time":"2026-11-24T08:59:39Z"}}"#);
+            assert_eq!(logged(&line), wanted, "{msg}");
+        }
+    }
+
+    #[test]
+    fn what_crun_1_8_says_is_understood() {
+        for (msg, wanted) in [
+            (
+                "error opening file `/run/r/exec/none/status`: No such file or directory",
+                Reason::NoSuchContainer,
+            ),
+            (
+                "cannot open directory '/run/r/none': No such file or directory",
+                Reason::NoSuchContainer,
+            ),
+            ("container `c1` already exists", Reason::AlreadyExists),
+            (
+                "executable file `nope` not found in $PATH: No such file or directory",
+                Reason::ExecutableNotFound,
+            ),
+            ("open executable: Operation not permitted", Reason::ExecutableRefused),
+            ("cannot open `/run/r/c1/exec.fifo`: No such file or directory", Reason::NotRunning),
+            ("the container `c1` is not in `created` or `stopped` state", Reason::NotRunning),
+            ("setns(pid=9727, CLONE_NEWUSER): No such process", Reason::NotRunning),
+            ("the container `c1` is paused", Reason::Paused),
+            ("error loading config.json", Reason::Other),
+            ("unknown version specified", Reason::Other),
+        ] {
+            let line = format!(
+                r#"{{"msg":"{msg}","level":"error","time":"2026-11-24T08:59:40.945306Z"}}"#
+            );
+            assert_eq!(logged(&line), wanted, "{msg}");
+        }
+        // Before it has a log it only has its standard error.
+        assert_eq!(logged("unknown command features\n"), Reason::Unsupported);
+        assert_eq!(
+            logged("create: unrecognized option '--nosuchflag'\nTry …"),
+            Reason::Unsupported
+        );
+    }
+
+    #[test]
+    fn the_last_error_of_the_log_is_the_message() {
+        let log = concat!(
+            r#"{"msg":"fail startup","level":"error","time":"t"}"#,
+            "\n",
+            r#"{"level":"warning","msg":"unimportant","time":"t"}"#,
+            "\nplain text\n",
+            r#"{"msg":"the cause","level":"error","time":"t"}"#,
+            "\n",
+        );
+        assert_eq!(message(log.as_bytes(), Exit::Code(1)), "the cause");
+        assert_eq!(message(b"one\n\ntwo\n", Exit::Code(1)), "one; two");
+        assert_eq!(message(b"", Exit::Signal(9)), "ended by signal 9");
     }
 }

@@ -84,7 +84,7 @@ fn code(error: &Error) -> Code {
         Error::Runtime(error) => match error.reason() {
             Reason::NoSuchContainer => Code::NOT_FOUND,
             Reason::AlreadyExists => Code::ALREADY_EXISTS,
-            Reason::NotRunning | Reason::Paused => Code::FAILED_PRECONDITION,
+            Reason::NotRunning | Reason::Paused | Reason::NotPaused => Code::FAILED_PRECONDITION,
             Reason::ExecutableNotFound | Reason::ExecutableRefused | Reason::WorkingDirectory => {
                 Code::INVALID_ARGUMENT
             }

@@ -246,7 +246,7 @@ impl Client {
                 if count == 0 {
                     break;
                 }
-                // The pod's end does not take more: what it sends still counts.
+                // The server is done, or gone: what it said, or the connection's end, tells which.
                 if out.write_all(&buffer[..count]).await.is_err() {
                     return Ok(());
                 }
@@ -256,10 +256,10 @@ impl Client {
             }
             Ok(())
         };
+        // Ends when the server has done all there is to do, the pod's taking of the last byte included.
         let report = async {
             let mut text = Vec::new();
-            // With a lost connection the data's end says so.
-            let _ = (&mut error).take(MAX_OUTCOME).read_to_end(&mut text).await;
+            (&mut error).take(MAX_OUTCOME).read_to_end(&mut text).await.map_err(|_| Error::Lost)?;
             match text.get(2..) {
                 Some(text) if !text.is_empty() => {
                     Err(Error::Remote(String::from_utf8_lossy(text).into()))
@@ -267,19 +267,9 @@ impl Client {
                 _ => Ok(()),
             }
         };
-        let joined = async { tokio::try_join!(receive, send) };
-        tokio::pin!(joined, report);
         let result = tokio::select! {
-            result = &mut joined => match result {
-                Ok(_) => Ok(()),
-                // The server's own words, when there are any, say more than that the data broke off.
-                Err(Error::Lost) => {
-                    let told = tokio::time::timeout(Duration::from_secs(1), &mut report).await;
-                    told.unwrap_or(Ok(())).and(Err(Error::Lost))
-                }
-                Err(error) => Err(error),
-            },
-            Err(error) = &mut report => Err(error),
+            result = async { tokio::try_join!(receive, report) } => result.map(|_| ()),
+            Err(error) = send => Err(error),
         };
         channels.close().await;
         result
@@ -323,7 +313,7 @@ impl Client {
             let failed = |source| Error::Connect { authority: authority.to_string(), source };
             let tcp = TcpStream::connect((host, port)).await.map_err(failed)?;
             tcp.set_nodelay(true).map_err(failed)?;
-            let watch = Watch::new(rustix::io::dup(&tcp).ok());
+            let watch = Watch::new(rustix::io::fcntl_dupfd_cloexec(&tcp, 3).ok());
             Ok(match tls {
                 None => {
                     let (socket, protocol) = handshake(request, tcp).await?;

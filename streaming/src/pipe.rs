@@ -113,16 +113,15 @@ impl PipeWriter {
         self.end(End::Closed);
     }
 
-    /// Breaks the stream: what is buffered is dropped and the reader gets the error at once.
+    /// Breaks a stream that has not ended in order: what is buffered is dropped and the reader gets the
+    /// error at once. One that has ended is complete, whatever happens to its connection.
     pub(crate) fn reset(&self, kind: io::ErrorKind) {
         self.end(End::Broken(kind));
     }
 
     fn end(&self, end: End) {
         let mut state = self.0.lock();
-        if matches!(state.end, End::Broken(_))
-            || matches!((state.end, end), (End::Closed, End::Closed))
-        {
+        if !matches!(state.end, End::Open) {
             return;
         }
         state.end = end;
@@ -140,11 +139,8 @@ impl PipeWriter {
 
 impl Drop for PipeWriter {
     fn drop(&mut self) {
-        // In order when `close` was called before; else the connection went away under it.
-        let open = matches!(self.0.lock().end, End::Open);
-        if open {
-            self.reset(io::ErrorKind::ConnectionAborted);
-        }
+        // Not ended in order: the connection went away under it.
+        self.reset(io::ErrorKind::ConnectionAborted);
     }
 }
 
@@ -234,6 +230,7 @@ mod tests {
         let (writer, mut reader) = pipe(None);
         assert!(writer.try_push(b"whole"));
         writer.close();
+        writer.reset(io::ErrorKind::ConnectionReset);
         drop(writer);
         let mut all = Vec::new();
         reader.read_to_end(&mut all).await.unwrap();

@@ -282,7 +282,7 @@ impl Server {
         // A client whose machine is gone shows within some minutes.
         rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
         rustix::net::sockopt::set_tcp_keepidle(&stream, Duration::from_secs(60))?;
-        let watch = Watch::new(Some(rustix::io::dup(&stream)?));
+        let watch = Watch::new(Some(rustix::io::fcntl_dupfd_cloexec(&stream, 3)?));
         let conn = match &self.tls {
             Some(tls) => {
                 let stream = tokio::time::timeout_at(deadline, tls.accept(stream)).await??;
@@ -641,6 +641,9 @@ fn text(status: StatusCode, reason: impl Into<String>) -> Response<Full<Bytes>> 
     *response.status_mut() = status;
     let plain = HeaderValue::from_static("text/plain; charset=utf-8");
     response.headers_mut().insert(header::CONTENT_TYPE, plain);
+    // One request is what a connection is for. (hyper's own setting for that would also replace the
+    // `Connection: Upgrade` of those that succeed.)
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }
 

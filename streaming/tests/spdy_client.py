@@ -64,6 +64,9 @@ class Spdy:
         status, *headers = head.decode().split("\r\n")
         self.status = int(status.split()[1])
         self.headers = [tuple(h.split(": ", 1)) for h in headers]
+        if self.status == 101:
+            assert [v.lower() for v in self.header("Connection")] == ["upgrade"], head
+            assert [v.lower() for v in self.header("Upgrade")] == ["spdy/3.1"], head
         self.deflate = zlib.compressobj(zdict=DICTIONARY)
         self.inflate = zlib.decompressobj(zdict=DICTIONARY)
         self.next = 1

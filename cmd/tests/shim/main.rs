@@ -2,6 +2,7 @@
 
 mod costs;
 mod faults;
+mod foreign;
 mod hybrid;
 mod main_path;
 mod node;

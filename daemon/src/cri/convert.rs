@@ -38,7 +38,10 @@ fn name(field: &str, text: String) -> Result<String> {
         return Err(invalid(field, "it is required"));
     }
     if text.len() > 253 || text.contains(['/', '\0', '\n']) {
-        return Err(invalid(field, format!("{text:?} must be at most 253 characters without / or control characters")));
+        return Err(invalid(
+            field,
+            format!("{text:?} must be at most 253 characters without / or control characters"),
+        ));
     }
     Ok(text)
 }
@@ -68,7 +71,10 @@ pub(super) fn pod_config(config: cri::PodSandboxConfig) -> Result<PodConfig> {
     let host = |mode: i32| mode == cri::NamespaceMode::Node as i32;
     let hostname = config.hostname;
     if hostname.len() > 64 {
-        return Err(invalid("config.hostname", "the kernel takes at most 64 bytes (sethostname(2))"));
+        return Err(invalid(
+            "config.hostname",
+            "the kernel takes at most 64 bytes (sethostname(2))",
+        ));
     }
     let log_directory = match config.log_directory.is_empty() {
         true => PathBuf::new(),
@@ -272,15 +278,17 @@ pub(super) fn container_config(config: cri::ContainerConfig) -> Result<Container
     let linux = config.linux.unwrap_or_default();
     let log_path = PathBuf::from(config.log_path);
     if log_path.is_absolute() || log_path.components().any(|c| c == Component::ParentDir) {
-        let what = format!("{log_path:?} must be relative to the pod's log directory, without \"..\"");
+        let what =
+            format!("{log_path:?} must be relative to the pod's log directory, without \"..\"");
         return Err(invalid("config.log_path", what));
     }
     no_nul("config.command", &config.command)?;
     no_nul("config.args", &config.args)?;
     let mut env = Vec::with_capacity(config.envs.len());
     for pair in config.envs {
-        let value = String::from_utf8(pair.value)
-            .map_err(|_| invalid("config.envs", format!("the value of {:?} is not UTF-8", pair.key)))?;
+        let value = String::from_utf8(pair.value).map_err(|_| {
+            invalid("config.envs", format!("the value of {:?} is not UTF-8", pair.key))
+        })?;
         if pair.key.is_empty() || pair.key.contains(['=', '\0']) || value.contains('\0') {
             return Err(invalid("config.envs", format!("{:?} is not a variable", pair.key)));
         }
@@ -337,7 +345,10 @@ fn mount(mount: cri::Mount) -> Result<Mount> {
     match (&image, mount.host_path.is_empty()) {
         (None, true) => return Err(invalid("mounts.host_path", "it, or an image, is required")),
         (Some(_), false) => {
-            return Err(invalid("mounts.host_path", "a mount has a host path or an image, not both"));
+            return Err(invalid(
+                "mounts.host_path",
+                "a mount has a host path or an image, not both",
+            ));
         }
         (None, false) => drop(absolute("mounts.host_path", &mount.host_path)?),
         (Some(_), true) => {}
@@ -375,7 +386,9 @@ fn device(device: cri::Device) -> Result<Device> {
     let permissions = match device.permissions.as_str() {
         "" => "rwm".to_owned(),
         text if text.bytes().all(|b| b"rwm".contains(&b)) => text.to_owned(),
-        text => return Err(invalid("devices.permissions", format!("{text:?} must be of r, w and m"))),
+        text => {
+            return Err(invalid("devices.permissions", format!("{text:?} must be of r, w and m")));
+        }
     };
     let container_path = match device.container_path.is_empty() {
         true => device.host_path.clone(),
@@ -403,7 +416,8 @@ fn container_security(security: cri::LinuxContainerSecurityContext) -> Result<Se
         id => Ok(id),
     };
     let capabilities = security.capabilities.unwrap_or_default();
-    let policy = match cri::SupplementalGroupsPolicy::try_from(security.supplemental_groups_policy) {
+    let policy = match cri::SupplementalGroupsPolicy::try_from(security.supplemental_groups_policy)
+    {
         Ok(cri::SupplementalGroupsPolicy::Merge) => GroupsPolicy::Merge,
         Ok(cri::SupplementalGroupsPolicy::Strict) => GroupsPolicy::Strict,
         Err(_) => return Err(invalid("supplemental_groups_policy", "unknown policy")),
@@ -713,26 +727,52 @@ mod tests {
     fn what_is_wrong_with_a_pod_is_named() {
         assert!(pod_config(pod()).is_ok());
         refused(pod_config(cri::PodSandboxConfig::default()), "metadata");
-        refused(pod_config(cri::PodSandboxConfig { hostname: "x".repeat(65), ..pod() }), "hostname");
-        refused(pod_config(cri::PodSandboxConfig { log_directory: "logs".into(), ..pod() }), "log_directory");
+        refused(
+            pod_config(cri::PodSandboxConfig { hostname: "x".repeat(65), ..pod() }),
+            "hostname",
+        );
+        refused(
+            pod_config(cri::PodSandboxConfig { log_directory: "logs".into(), ..pod() }),
+            "log_directory",
+        );
         let up = "/var/log/../etc".into();
         refused(pod_config(cri::PodSandboxConfig { log_directory: up, ..pod() }), "log_directory");
-        let mapping = cri::PortMapping { host_port: 70000, container_port: 80, ..Default::default() };
-        refused(pod_config(cri::PodSandboxConfig { port_mappings: vec![mapping], ..pod() }), "host_port");
+        let mapping =
+            cri::PortMapping { host_port: 70000, container_port: 80, ..Default::default() };
+        refused(
+            pod_config(cri::PodSandboxConfig { port_mappings: vec![mapping], ..pod() }),
+            "host_port",
+        );
     }
 
     #[test]
     fn what_is_wrong_with_a_container_is_named() {
         assert!(container_config(container()).is_ok());
         refused(container_config(cri::ContainerConfig { image: None, ..container() }), "image");
-        refused(container_config(cri::ContainerConfig { log_path: "../x".into(), ..container() }), "log_path");
+        refused(
+            container_config(cri::ContainerConfig { log_path: "../x".into(), ..container() }),
+            "log_path",
+        );
         let mount = cri::Mount { container_path: "/x".into(), ..Default::default() };
-        refused(container_config(cri::ContainerConfig { mounts: vec![mount], ..container() }), "host_path");
+        refused(
+            container_config(cri::ContainerConfig { mounts: vec![mount], ..container() }),
+            "host_path",
+        );
         let env = cri::KeyValue { key: "a=b".into(), value: b"c".to_vec() };
         refused(container_config(cri::ContainerConfig { envs: vec![env], ..container() }), "envs");
-        refused(container_config(cri::ContainerConfig { stdin_once: true, ..container() }), "stdin_once");
-        let device = cri::Device { host_path: "/dev/null".into(), permissions: "x".into(), ..Default::default() };
-        refused(container_config(cri::ContainerConfig { devices: vec![device], ..container() }), "permissions");
+        refused(
+            container_config(cri::ContainerConfig { stdin_once: true, ..container() }),
+            "stdin_once",
+        );
+        let device = cri::Device {
+            host_path: "/dev/null".into(),
+            permissions: "x".into(),
+            ..Default::default()
+        };
+        refused(
+            container_config(cri::ContainerConfig { devices: vec![device], ..container() }),
+            "permissions",
+        );
     }
 
     #[test]

@@ -75,7 +75,9 @@ fn container(view: &ContainerView, read: Container, mountpoint: &str) -> cri::Co
         }),
         swap: swap.map(|used| cri::SwapUsage {
             timestamp: at,
-            swap_available_bytes: value(read.usage.memory.swap_limit.map(|l| l.saturating_sub(used))),
+            swap_available_bytes: value(
+                read.usage.memory.swap_limit.map(|l| l.saturating_sub(used)),
+            ),
             swap_usage_bytes: value(Some(used)),
         }),
         io: None,

@@ -24,12 +24,7 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
     };
     let missing = missing_runtime(services);
     let conditions = vec![
-        condition(
-            "RuntimeReady",
-            missing.is_none(),
-            "RuntimeMissing",
-            missing.unwrap_or_default(),
-        ),
+        condition("RuntimeReady", missing.is_none(), "RuntimeMissing", missing.unwrap_or_default()),
         condition(
             "NetworkReady",
             network.is_ok(),
@@ -85,11 +80,13 @@ fn missing_runtime(services: &Services) -> Option<String> {
         return Some(format!("shim {} does not exist: set runtime.shim", shim.display()));
     }
     match runtime.handlers.get(&runtime.default) {
-        Some(Handler::Oci { path }) if crate::config::find_program(path).is_none() => Some(format!(
-            "OCI runtime {} of handler {:?} is not found: install it or set its path",
-            path.display(),
-            runtime.default
-        )),
+        Some(Handler::Oci { path }) if crate::config::find_program(path).is_none() => {
+            Some(format!(
+                "OCI runtime {} of handler {:?} is not found: install it or set its path",
+                path.display(),
+                runtime.default
+            ))
+        }
         _ => None,
     }
 }

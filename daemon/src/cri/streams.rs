@@ -29,7 +29,10 @@ fn chunks<T: Send + 'static>(items: Vec<T>) -> impl Stream<Item = Vec<T>> + Send
 }
 
 /// Messages of up to [`CHUNK`] items, made one by one as they are read.
-pub(super) fn list<T, M>(items: Vec<T>, message: impl Fn(Vec<T>) -> M + Send + 'static) -> Answers<M>
+pub(super) fn list<T, M>(
+    items: Vec<T>,
+    message: impl Fn(Vec<T>) -> M + Send + 'static,
+) -> Answers<M>
 where
     T: Send + 'static,
     M: Send + 'static,

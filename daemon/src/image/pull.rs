@@ -223,7 +223,12 @@ async fn unchanged(
     {
         return Ok(None);
     }
-    let now = remote.digest(reference.object()).await?;
+    let now = match remote.digest(reference.object()).await {
+        Ok(now) => now,
+        // Not all that serve manifests know HEAD.
+        Err(registry::Error::Status { status, .. }) if status.is_client_error() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
     Ok(now.filter(|now| now.to_string() == target).map(|_| image))
 }
 

@@ -31,7 +31,7 @@ use hyper::{
 };
 use hyper_rustls::HttpsConnector;
 use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
+    client::{legacy::Client, proxy::matcher::Matcher},
     rt::{TokioExecutor, TokioTimer},
 };
 use serde::Deserialize;
@@ -39,6 +39,7 @@ use sha2::{Digest as _, Sha256};
 use url::Url;
 
 use super::{
+    connect::Connector,
     hosts::{self, Host, Tls},
     reference::{Object, Reference},
     tls,
@@ -63,6 +64,9 @@ const ATTEMPTS: u32 = 5;
 
 /// Bytes of a blob that make an attempt a success, so that failures are counted anew.
 const PROGRESS: u64 = 64 << 10;
+
+/// Bound on making a connection, where the hosts.toml gives none.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Longest wait that a server's Retry-After can ask for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
@@ -265,13 +269,14 @@ impl fmt::Display for Detail {
     }
 }
 
-type Http = Client<HttpsConnector<HttpConnector>, Full<Bytes>>;
+type Http = Client<HttpsConnector<Connector>, Full<Bytes>>;
 
 /// What all remotes share: connections, and which guesses were right.
 pub struct Registries {
     config: config::Images,
     /// First wait before a retry; doubles each time.
     back_off: Duration,
+    proxies: Arc<Matcher>,
     clients: Mutex<HashMap<(Tls, Option<Duration>), Http>>,
     /// Scheme by authority, where it was guessed.
     schemes: Mutex<HashMap<String, String>>,
@@ -283,6 +288,7 @@ impl Registries {
         Self {
             config,
             back_off: Duration::from_millis(250),
+            proxies: Arc::new(Matcher::from_env()),
             clients: Mutex::default(),
             schemes: Mutex::default(),
         }
@@ -292,6 +298,13 @@ impl Registries {
     #[cfg(test)]
     pub(super) fn with_back_off(mut self, back_off: Duration) -> Self {
         self.back_off = back_off;
+        self
+    }
+
+    /// For tests: HTTPS goes through this proxy, except to the hosts in `not_to`.
+    #[cfg(test)]
+    pub(super) fn with_proxy(mut self, proxy: &str, not_to: &str) -> Self {
+        self.proxies = Arc::new(Matcher::builder().https(proxy).no(not_to).build());
         self
     }
 
@@ -348,11 +361,8 @@ impl Registries {
         if let Some(client) = self.clients.lock().expect("no panic while it is held").get(&key) {
             return Ok(client.clone());
         }
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        tcp.set_keepalive(Some(Duration::from_secs(30)));
-        tcp.set_connect_timeout(Some(dial_timeout.unwrap_or(Duration::from_secs(15))));
+        let dial_timeout = dial_timeout.unwrap_or(DIAL_TIMEOUT);
+        let tcp = Connector::new(self.proxies.clone(), dial_timeout);
         let connector = hyper_rustls::HttpsConnectorBuilder::new()
             .with_tls_config(tls::config(tls)?)
             .https_or_http()
@@ -412,7 +422,9 @@ impl Credentials {
             Ok::<_, Error>(value)
         };
         let basic = |pair: &[u8]| secret(format!("Basic {}", base64.encode(pair)));
-        if !auth.username.is_empty() {
+        // Some services give a name of no meaning along with the token.
+        let only_token = auth.password.is_empty() && !auth.identity_token.is_empty();
+        if !auth.username.is_empty() && !only_token {
             let pair = format!("{}:{}", auth.username, auth.password);
             return Ok(Some(Credentials::Basic(basic(pair.as_bytes())?)));
         }

@@ -167,8 +167,8 @@ pub struct Snapshot {
     dirs: Dirs,
     upper: PathBuf,
     work: PathBuf,
-    /// From the bottom. Holding them keeps them on disk.
-    layers: Arc<[Arc<Layer>]>,
+    /// From the bottom. Holding them keeps them on disk. `None`: somebody else removed one.
+    layers: Option<Arc<[Arc<Layer>]>>,
 }
 
 impl Snapshots {
@@ -197,19 +197,24 @@ impl Snapshots {
     }
 
     /// One that a record names.
-    pub(super) fn restore(&self, id: ContainerId, image: Digest, layers: Vec<Arc<Layer>>) {
+    pub(super) fn restore(&self, id: ContainerId, image: Digest, layers: Option<Vec<Arc<Layer>>>) {
         let snapshot = self.describe(&id, image, layers);
         self.known.lock().expect("no panic while it is held").insert(id, snapshot);
     }
 
-    fn describe(&self, id: &ContainerId, image: Digest, layers: Vec<Arc<Layer>>) -> Snapshot {
+    fn describe(
+        &self,
+        id: &ContainerId,
+        image: Digest,
+        layers: Option<Vec<Arc<Layer>>>,
+    ) -> Snapshot {
         let path = self.dirs.snapshots().join(id);
         Snapshot {
             image,
             dirs: self.dirs.clone(),
             upper: path.join("upper"),
             work: path.join("work"),
-            layers: layers.into(),
+            layers: layers.map(Into::into),
         }
     }
 
@@ -240,7 +245,7 @@ impl Snapshots {
             None => {
                 let numbers = layers.iter().map(|layer| layer.id()).collect();
                 self.store.add_snapshot(id, image, numbers).await?;
-                let snapshot = self.describe(id, image.clone(), layers);
+                let snapshot = self.describe(id, image.clone(), Some(layers));
                 let mut known = self.known.lock().expect("no panic while it is held");
                 known.insert(id.clone(), snapshot.clone());
                 snapshot
@@ -306,7 +311,8 @@ impl Snapshot {
 
     /// The layer that says what the root directory is like.
     fn root_layer(&self) -> Option<&Arc<Layer>> {
-        self.layers.iter().rev().find(|layer| layer.record.root_listed)
+        let mut layers = self.layers.iter().flat_map(|layers| layers.iter().rev());
+        layers.find(|layer| layer.record.root_listed)
     }
 
     /// Gives the root directory to whom the mapping makes of its owner: the writable layer is not
@@ -332,7 +338,11 @@ impl Snapshot {
     /// The same. With `owners` the image's files are those of a user namespace; it must be the same
     /// each time.
     pub fn mount_for(&self, readonly: bool, owners: Option<&Owners>) -> Result<Mounted, Error> {
-        let mut lowers = layers::lowers(&self.layers);
+        let layers = self.layers.as_ref().ok_or_else(|| Error::Mount {
+            path: self.upper.clone(),
+            source: io::Error::new(io::ErrorKind::NotFound, "a layer of it is gone from the disk"),
+        })?;
+        let mut lowers = layers::lowers(layers);
         if lowers.is_empty() {
             lowers.push(EMPTY.to_owned());
         }

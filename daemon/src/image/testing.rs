@@ -286,6 +286,25 @@ impl Drop for FakeRegistry {
 
 impl FakeRegistry {
     pub(super) async fn start() -> Self {
+        Self::serve(None).await
+    }
+
+    /// Over HTTPS, with this certificate and key (PEM).
+    pub(super) async fn start_tls(certificate: &[u8], key: &[u8]) -> Self {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                rustls_pemfile::certs(&mut &*certificate).map(Result::unwrap).collect(),
+                rustls_pemfile::private_key(&mut &*key).unwrap().unwrap(),
+            )
+            .unwrap();
+        Self::serve(Some(tokio_rustls::TlsAcceptor::from(Arc::new(config)))).await
+    }
+
+    async fn serve(tls: Option<tokio_rustls::TlsAcceptor>) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let state = Arc::<State>::default();
@@ -295,15 +314,24 @@ impl FakeRegistry {
             let mut connections = tokio::task::JoinSet::new();
             loop {
                 let (stream, _) = listener.accept().await.unwrap();
-                let state = serving.clone();
+                let (state, tls) = (serving.clone(), tls.clone());
                 connections.spawn(async move {
                     let service = hyper::service::service_fn(move |request| {
                         let state = state.clone();
                         async move { Ok::<_, std::io::Error>(state.answer(request).await) }
                     });
-                    let _ = hyper::server::conn::http1::Builder::new()
-                        .serve_connection(hyper_util::rt::TokioIo::new(stream), service)
-                        .await;
+                    let http = hyper::server::conn::http1::Builder::new();
+                    match tls {
+                        None => {
+                            let stream = hyper_util::rt::TokioIo::new(stream);
+                            let _ = http.serve_connection(stream, service).await;
+                        }
+                        Some(tls) => {
+                            let Ok(stream) = tls.accept(stream).await else { return };
+                            let stream = hyper_util::rt::TokioIo::new(stream);
+                            let _ = http.serve_connection(stream, service).await;
+                        }
+                    }
                 });
             }
         });

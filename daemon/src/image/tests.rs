@@ -885,12 +885,136 @@ async fn mirrors_are_asked_first_without_our_credentials_and_the_registry_last()
     assert_eq!(error.kind(), Kind::NotFound);
 }
 
+/// A certificate for 127.0.0.1 that nobody knows, and its key.
+fn certificate(dir: &Path) -> (Vec<u8>, Vec<u8>) {
+    let (certificate, key) = (dir.join("cert.pem"), dir.join("key.pem"));
+    let status = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"])
+        .args(["-nodes", "-days", "2", "-subj", "/CN=test", "-addext"])
+        .args(["subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"])
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate)
+        .stderr(Stdio::null())
+        .status()
+        .expect("openssl is installed");
+    assert!(status.success());
+    (std::fs::read(certificate).unwrap(), std::fs::read(key).unwrap())
+}
+
+#[tokio::test]
+async fn certificates_are_verified_unless_the_operator_says_otherwise() {
+    let node = Node::new().await;
+    let (cert, key) = certificate(node.dir.path());
+    let registry = FakeRegistry::start_tls(&cert, &key).await;
+    registry.put("a", "1", &TestImage::new(&[base()]));
+    let server = format!("https://{}", registry.address);
+    node.hosts("one.example", &format!("server = {server:?}\n"));
+    assert_eq!(node.refuses("one.example/a:1", "certificate").await, Kind::Unavailable);
+    assert!(registry.log().is_empty());
+
+    node.hosts("two.example", &format!("server = {server:?}\nskip_verify = true\n"));
+    node.pull("two.example/a:1").await.unwrap();
+    // Next to the file, as a relative path has it.
+    node.hosts("three.example", &format!("server = {server:?}\nca = \"own.pem\"\n"));
+    std::fs::write(node.dir.path().join("certs.d/three.example/own.pem"), &cert).unwrap();
+    node.pull("three.example/a:1").await.unwrap();
+
+    // What was allowed for one server is not for where it redirects to.
+    let skipped = FakeRegistry::start().await;
+    let target = server.clone();
+    skipped.hook(move |request| {
+        let location = format!("{target}{}", request.uri().path());
+        Some(Response::builder().status(307).header("location", location).body(full("")).unwrap())
+    });
+    registry.forget_log();
+    // By name it is the same host: another one.
+    let by_name =
+        format!("server = \"http://localhost:{}\"\nskip_verify = true\n", skipped.address.port());
+    node.hosts("four.example", &by_name);
+    node.refuses("four.example/a:1", "certificate").await;
+    assert!(registry.log().is_empty());
+}
+
+#[tokio::test]
+async fn https_goes_through_the_proxy_that_the_environment_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let (cert, key) = certificate(dir.path());
+    let registry = FakeRegistry::start_tls(&cert, &key).await;
+    registry.put("a", "1", &TestImage::new(&[base()]));
+    // A proxy that connects all names to the registry.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let proxy = listener.local_addr().unwrap();
+    let asked = Arc::new(Mutex::new(Vec::new()));
+    let (seen, target) = (asked.clone(), registry.address);
+    let serving = tokio::spawn(async move {
+        use tokio::io::{AsyncBufReadExt, AsyncWriteExt};
+        loop {
+            let (client, _) = listener.accept().await.unwrap();
+            let seen = seen.clone();
+            tokio::spawn(async move {
+                let mut client = tokio::io::BufReader::new(client);
+                let mut head = String::new();
+                while !head.ends_with("\r\n\r\n") {
+                    assert!(client.read_line(&mut head).await.unwrap() > 0);
+                }
+                let wanted = head.starts_with("CONNECT registry.example:443 ");
+                seen.lock().unwrap().push(head);
+                if !wanted {
+                    client.write_all(b"HTTP/1.1 403 Forbidden\r\n\r\n").await.unwrap();
+                    return;
+                }
+                client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+                let mut server = tokio::net::TcpStream::connect(target).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    let config = config(dir.path());
+    let store = Store::open(&dir.path().join("db")).unwrap();
+    let registries = Registries::new(config.clone())
+        .with_back_off(Duration::from_millis(1))
+        .with_proxy(&format!("http://user:secret@{proxy}"), "direct.invalid");
+    let images =
+        Images::open_with(&dir.path().join("images"), config, store, registries).await.unwrap();
+    for registry in ["registry.example", "other.example", "direct.invalid"] {
+        let hosts = dir.path().join("certs.d").join(registry);
+        std::fs::create_dir_all(&hosts).unwrap();
+        std::fs::write(
+            hosts.join("hosts.toml"),
+            format!("server = \"https://{registry}\"\nskip_verify = true\n"),
+        )
+        .unwrap();
+    }
+    images.pull("registry.example/a:1", None, None).await.unwrap();
+    let heads = std::mem::take(&mut *asked.lock().unwrap());
+    // base64 of "user:secret".
+    let auth = "proxy-authorization: basic dxnlcjpzzwnyzxq=";
+    assert!(heads.iter().all(|head| head.to_lowercase().contains(auth)), "{heads:?}");
+    let error = images.pull("other.example/a:1", None, None).await.unwrap_err();
+    assert!(chain(&error).contains("through the proxy 127.0.0.1"), "{}", chain(&error));
+    asked.lock().unwrap().clear();
+    images.pull("direct.invalid/a:1", None, None).await.unwrap_err();
+    assert!(asked.lock().unwrap().is_empty());
+    serving.abort();
+}
+
 #[tokio::test]
 async fn plain_http_is_not_spoken_to_others() {
-    // An address of this host that is not loopback's: nothing may be sent in clear.
-    let node = Node::new().await;
-    node.hosts("plain.example", "server = \"https://127.0.0.1:1\"\n");
-    assert_eq!(node.refuses("plain.example/a", "https://127.0.0.1:1").await, Kind::Unavailable);
+    let node = Node::with(|config| config.insecure_registries = vec!["named.example".into()]).await;
+    let registry = FakeRegistry::start().await;
+    registry.put("a", "1", &TestImage::new(&[base()]));
+    let port = registry.address.port();
+    // Not loopback by its address: HTTPS it is, which this server does not speak.
+    let other = format!("0.0.0.0:{port}/a:1");
+    assert_eq!(node.refuses(&other, "https://0.0.0.0").await, Kind::Unavailable);
+    assert!(registry.log().is_empty(), "{:?}", registry.log());
+    let insecure = Node::with(move |config| {
+        config.insecure_registries = vec![format!("0.0.0.0:{port}")];
+    })
+    .await;
+    insecure.pull(&other).await.unwrap();
 }
 
 #[tokio::test]

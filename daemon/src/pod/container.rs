@@ -154,10 +154,11 @@ async fn make(
         options: Some(services.shims.runtime_options(&runtime)),
         checkpoint: String::new(),
     };
-    client
-        .create(task)
-        .await
-        .map_err(|source| Error::Task { what: "create", id: record.id.clone(), source })
+    client.create(task).await.map_err(|source| Error::Task {
+        what: "create",
+        id: record.id.clone(),
+        source,
+    })
 }
 
 #[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
@@ -416,7 +417,11 @@ async fn ended(
 }
 
 /// Frees what the runtime holds of an ended container: its task and its root's mount.
-pub(super) async fn reap(services: Arc<Services>, pod: Pod, id: ContainerId) -> Result<Effect, Error> {
+pub(super) async fn reap(
+    services: Arc<Services>,
+    pod: Pod,
+    id: ContainerId,
+) -> Result<Effect, Error> {
     let client = match &*pod.link.borrow() {
         crate::shims::Link::Up(client) => Some(client.clone()),
         _ => None,
@@ -520,10 +525,11 @@ pub(super) async fn update(
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
         let json = serde_json::to_vec(&linux).expect("resources serialise");
-        client
-            .update(id.as_str(), json)
-            .await
-            .map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;
+        client.update(id.as_str(), json).await.map_err(|source| Error::Task {
+            what: "update",
+            id: id.clone(),
+            source,
+        })?;
     }
     Ok(Effect::Updated { id, resources: Box::new(merged) })
 }

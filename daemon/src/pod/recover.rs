@@ -121,10 +121,18 @@ impl Pods {
             // A container: its runtime is not known any more, the default one is as good as any.
             let runtime = self.handler("").unwrap_or_else(|_| "runc".into());
             let deleted = self.services.shims.delete_dead(&id, &runtime).await;
-            deleted.map_err(|source| Error::Task { what: "clean up after", id: id.clone(), source })?;
+            deleted.map_err(|source| Error::Task {
+                what: "clean up after",
+                id: id.clone(),
+                source,
+            })?;
         } else {
             let deleted = self.services.shims.delete_dead_pod(&pod).await;
-            deleted.map_err(|source| Error::Shim { what: "clean up after the shim", id: pod, source })?;
+            deleted.map_err(|source| Error::Shim {
+                what: "clean up after the shim",
+                id: pod,
+                source,
+            })?;
         }
         let at = bundle.clone();
         let unmounted = tokio::task::spawn_blocking(move || {
@@ -175,8 +183,7 @@ pub(super) async fn reach(
     live: Vec<ContainerRecord>,
 ) -> Result<Effect, Error> {
     let mut pause = PAUSES.0;
-    loop {
-        let Some(endpoint) = &record.endpoint else { break };
+    while let Some(endpoint) = &record.endpoint {
         match services.shims.connect(endpoint).await {
             Ok(client) => match look(&services, &client, &live).await {
                 Ok(exits) => return Ok(Effect::Linked { client, exits }),

@@ -5,13 +5,7 @@
 //! [`tear_down`], which may be repeated; the undo of a failed start, a removal and the clean-up
 //! after a crash all are it.
 
-use std::{
-    fs, io,
-    net::IpAddr,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs, io, net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use holdfast_protos::shim::protobuf::well_known_types::any::Any;
 use holdfast_shim::{
@@ -23,8 +17,9 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use tracing::warn;
 
 use super::{
-    Error, Pod, Services, container,
+    Error, Pod, Services,
     config::{IdMapping, PidMode, PodConfig},
+    container,
     task::Effect,
     volumes,
 };
@@ -79,7 +74,10 @@ async fn undo(services: &Arc<Services>, record: &PodRecord) {
 }
 
 /// Takes away a pod that a crash left half made.
-pub(super) async fn discard(services: Arc<Services>, record: Arc<PodRecord>) -> Result<Effect, Error> {
+pub(super) async fn discard(
+    services: Arc<Services>,
+    record: Arc<PodRecord>,
+) -> Result<Effect, Error> {
     tear_down(&services, &record, None).await?;
     Ok(Effect::Gone)
 }
@@ -181,7 +179,9 @@ fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
     write(&bundle.hostname(), &format!("{name}\n"))?;
     write(&bundle.hosts(), &node_file("/etc/hosts"))?;
     let resolv = match &config.dns {
-        Some(dns) if !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()) => {
+        Some(dns)
+            if !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()) =>
+        {
             let mut text = String::new();
             if !dns.searches.is_empty() {
                 text.push_str(&format!("search {}\n", dns.searches.join(" ")));
@@ -241,9 +241,10 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
         None => Some(pod.client().await?),
     };
     if client.is_some() {
-        let stops = view.containers.keys().map(|id| {
-            container::stop(pod.clone(), id.clone(), Duration::ZERO)
-        });
+        let stops = view
+            .containers
+            .keys()
+            .map(|id| container::stop(pod.clone(), id.clone(), Duration::ZERO));
         for stopped in futures::future::join_all(stops).await {
             match stopped {
                 Ok(()) | Err(Error::NoContainer(_)) => {}

@@ -22,8 +22,9 @@ use tokio::{
 use tracing::{Instrument, info, warn};
 
 use super::{
-    ContainerView, Error, Pod, PodView, Pods, Shared, container, recover, run,
+    ContainerView, Error, Pod, PodView, Pods, Shared,
     config::{ContainerConfig, Resources},
+    container, recover, run,
     state::{Change, Exit, PodState},
 };
 use crate::{
@@ -60,9 +61,17 @@ pub(super) type Reply = oneshot::Sender<Shared<Answer>>;
 
 /// What the owner is told.
 pub(super) enum Command {
-    Request { request: Request, reply: Reply },
+    Request {
+        request: Request,
+        reply: Reply,
+    },
     /// A container's first process ended. `taken` is answered when the record of it is written.
-    Exited { id: ContainerId, at: SystemTime, how: Exit, taken: oneshot::Sender<()> },
+    Exited {
+        id: ContainerId,
+        at: SystemTime,
+        how: Exit,
+        taken: oneshot::Sender<()>,
+    },
 }
 
 /// An operation: what a second request can join, and what others must not overlap with.
@@ -98,8 +107,15 @@ impl Op {
     /// Whether a pod's removal must wait for it.
     fn holds_the_pod(&self) -> bool {
         match self {
-            Op::Run | Op::StopPod | Op::RemovePod | Op::Create(..) | Op::Start(_) | Op::Remove(_)
-            | Op::Update(_) | Op::Reap(_) | Op::Discard(_) => true,
+            Op::Run
+            | Op::StopPod
+            | Op::RemovePod
+            | Op::Create(..)
+            | Op::Start(_)
+            | Op::Remove(_)
+            | Op::Update(_)
+            | Op::Reap(_)
+            | Op::Discard(_) => true,
             Op::Link | Op::Watch => false,
         }
     }
@@ -165,9 +181,8 @@ impl Owner {
         link: Link,
         queue: usize,
     ) -> (Pod, Self) {
-        let (half_made, made): (Vec<_>, Vec<_>) = containers
-            .into_iter()
-            .partition(|c| c.state == super::state::ContainerState::Creating);
+        let (half_made, made): (Vec<_>, Vec<_>) =
+            containers.into_iter().partition(|c| c.state == super::state::ContainerState::Creating);
         let containers: BTreeMap<_, _> =
             made.into_iter().map(|c| (c.id.clone(), Container::new(c))).collect();
         let record = Arc::new(record);
@@ -260,7 +275,11 @@ impl Owner {
         }
     }
 
-    fn spawn(&mut self, op: Op, work: impl Future<Output = Result<Effect, Error>> + Send + 'static) {
+    fn spawn(
+        &mut self,
+        op: Op,
+        work: impl Future<Output = Result<Effect, Error>> + Send + 'static,
+    ) {
         let handle = self.ops.spawn(work.in_current_span());
         self.running.insert(handle.id(), op);
     }
@@ -603,7 +622,12 @@ impl Owner {
                 }
             }
             Op::StopPod => self.stopping = false,
-            Op::RemovePod | Op::Remove(_) | Op::Update(_) | Op::Reap(_) | Op::Discard(Some(_)) | Op::Link
+            Op::RemovePod
+            | Op::Remove(_)
+            | Op::Update(_)
+            | Op::Reap(_)
+            | Op::Discard(Some(_))
+            | Op::Link
             | Op::Watch => {}
         }
     }

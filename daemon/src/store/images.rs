@@ -109,8 +109,12 @@ impl Store {
                 .into_iter()
                 .map(|(id, record, config)| {
                     Ok(StoredImage {
-                        record: serde_json::from_str(&record)
-                            .map_err(|e| Error::Record(format!("image {id}"), e))?,
+                        // An image without its annotations is worth more than a daemon that
+                        // does not start.
+                        record: serde_json::from_str(&record).unwrap_or_else(|error| {
+                            tracing::error!(image = id, %error, "record is not understood");
+                            ImageRecord::default()
+                        }),
                         config,
                         layers: numbers(db, "image_layers", "image", &id)?,
                         names: names(db, &id)?,

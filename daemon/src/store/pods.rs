@@ -77,9 +77,8 @@ fn to_json(of: &str, record: &impl Serialize) -> Result<String, Error> {
 
 fn all<T: DeserializeOwned>(db: &Connection, table: &str) -> Result<Vec<T>, Error> {
     let mut statement = db.prepare(&format!("SELECT id, record FROM {table}"))?;
-    let rows = statement.query_map([], |row| {
-        Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?))
-    })?;
+    let rows =
+        statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
     rows.map(|row| {
         let (id, text) = row?;
         serde_json::from_str(&text).map_err(|e| Error::Record(id, e))

@@ -203,16 +203,18 @@ pub(crate) struct EmptyBlocks {
 
 impl EmptyBlocks {
     pub(crate) fn next(&mut self) -> BytesMut {
-        let mut block = BytesMut::with_capacity(16);
+        let mut block = BytesMut::with_capacity(20);
         if !self.begun {
             self.begun = true;
             // zlib: deflate, 32 KiB window, preset dictionary; the two bytes are a multiple of 31.
             block.put_slice(&[0x78, 0x20]);
             block.put_u32(DICTIONARY_ID);
         }
-        // Deflate: a stored block, not the last, of four bytes (a count of 0); it ends on a byte, and so
-        // is all there when it has arrived.
+        // Deflate: a stored block, not the last, of four bytes (a count of 0).
         block.put_slice(&[0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0]);
+        // Then an empty one, as zlib's sync flush ends: Go's inflate hands out what it has when it
+        // meets that, and takes the end of input in its place for an error that stays.
+        block.put_slice(&[0, 0, 0, 0xff, 0xff]);
         block
     }
 }
