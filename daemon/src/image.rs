@@ -130,7 +130,9 @@ pub enum Error {
         source: io::Error,
     },
     /// The layers cannot be given to a user namespace.
-    #[error("user namespaces need id-mapped mounts: this kernel, or the file system of {path}, does not allow them")]
+    #[error(
+        "user namespaces need id-mapped mounts: this kernel, or the file system of {path}, does not allow them"
+    )]
     Unmapped {
         /// The writable layer, or where the layers are.
         path: PathBuf,

@@ -102,7 +102,9 @@ pub enum Error {
     SubPath { index: usize, path: String, image: String, source: io::Error },
     #[error("volume {path:?} that the image declares")]
     Volume { path: String, source: io::Error },
-    #[error("pod {id}: user namespaces need Linux 5.19 for id-mapped layers, this node has {major}.{minor}")]
+    #[error(
+        "pod {id}: user namespaces need Linux 5.19 for id-mapped layers, this node has {major}.{minor}"
+    )]
     NoMappedLayers { id: PodId, major: u32, minor: u32 },
     #[error("network of pod {id}")]
     Network { id: PodId, source: network::Error },

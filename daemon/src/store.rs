@@ -67,8 +67,7 @@ impl Kinded for Error {
 /// files the same mode. What goes wrong here, opening it finds again and tells.
 fn private_file(path: &Path) {
     use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-    let file =
-        std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+    let file = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path);
     if let Ok(file) = file {
         let _ = file.set_permissions(std::fs::Permissions::from_mode(0o600));
     }

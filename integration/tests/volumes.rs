@@ -99,10 +99,14 @@ async fn an_image_is_mounted_read_only(runtime: &str) -> Result<()> {
     // Its programs run, but give nobody else's rights.
     assert_eq!(container.sh("/one/bin/echo ran").await?.trim(), "ran");
     for path in ["/two", "/one", "/none", "/two/etc"] {
-        let text = container.sh(&format!("touch {path}/x 2>&1; rm -rf {path}/etc 2>&1; true")).await?;
+        let text =
+            container.sh(&format!("touch {path}/x 2>&1; rm -rf {path}/etc 2>&1; true")).await?;
         ensure!(text.contains("Read-only file system"), "{path}: {text}");
         let options = container
-            .sh(&format!("grep ' {} ' /proc/self/mountinfo | cut -d' ' -f6", path.replace("/etc", "")))
+            .sh(&format!(
+                "grep ' {} ' /proc/self/mountinfo | cut -d' ' -f6",
+                path.replace("/etc", "")
+            ))
             .await?;
         let options: BTreeSet<&str> = options.trim().split(',').collect();
         ensure!(["ro", "nosuid", "nodev"].iter().all(|o| options.contains(o)), "{options:?}");
@@ -130,19 +134,13 @@ async fn a_part_of_an_image_is_mounted(runtime: &str) -> Result<()> {
     let (mut node, busybox) = node(runtime).await?;
     let two = node.load("test/two:1", &data()?).await?;
     let pod = node.pod("a").host_network().run().await?;
-    let part = |path: &str, at: &str| cri::Mount {
-        image_sub_path: path.into(),
-        ..image_mount(&two, at)
-    };
+    let part =
+        |path: &str, at: &str| cri::Mount { image_sub_path: path.into(), ..image_mount(&two, at) };
     let text = pod
         .container(&busybox)
         .sh("cat /dir/hidden /file /link/below; touch /dir/x 2>&1")
         .config(|c| {
-            c.mounts = vec![
-                part("etc", "/dir"),
-                part("etc/below", "/file"),
-                part("abs", "/link"),
-            ];
+            c.mounts = vec![part("etc", "/dir"), part("etc/below", "/file"), part("abs", "/link")];
         })
         .start()
         .await?;
@@ -268,7 +266,9 @@ async fn image_volumes_survive_the_daemon_and_are_swept(runtime: &str) -> Result
     node.finish().await
 }
 
-async fn volumes_of_the_image_have_its_content_and_go_with_the_container(runtime: &str) -> Result<()> {
+async fn volumes_of_the_image_have_its_content_and_go_with_the_container(
+    runtime: &str,
+) -> Result<()> {
     let mut node = Node::builder().default_runtime(runtime).start().await?;
     let image = Image::busybox()?
         .layer([
@@ -289,8 +289,7 @@ async fn volumes_of_the_image_have_its_content_and_go_with_the_container(runtime
                   readlink /data/link; cat /data/again; echo; echo end; sleep 1000";
     let container = pod.container(&image).sh(script).start().await?;
     container.wait_for_log("end").await?;
-    let lines: Vec<String> =
-        container.log()?.iter().map(|l| l.text.clone()).collect();
+    let lines: Vec<String> = container.log()?.iter().map(|l| l.text.clone()).collect();
     assert_eq!(
         lines.join(" ").replace('\n', ""),
         "1000:1000:2750 1000:1000:640 0:0:1777 0:0:755 2 seed seed end"
@@ -306,7 +305,8 @@ async fn volumes_of_the_image_have_its_content_and_go_with_the_container(runtime
     container.remove().await?;
     ensure!(!dir.exists(), "it is left");
 
-    let image = Image::busybox()?.layer([Entry::file("file", 0o644, "")]).volume("/file").build()?;
+    let image =
+        Image::busybox()?.layer([Entry::file("file", 0o644, "")]).volume("/file").build()?;
     let image = node.load("test/file:1", &image).await?;
     let refused = pod.container(&image).name("file").create().await.map(|c| c.id).unwrap_err();
     assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
@@ -326,8 +326,12 @@ async fn mounts_of_the_pod_cover_volumes_of_the_image(runtime: &str) -> Result<(
     fs::create_dir(&host)?;
     fs::write(host.join("mine"), "mine")?;
     let pod = node.pod("a").host_network().run().await?;
-    let container =
-        pod.container(&image).sh("ls /data; sleep 1000").mount(&host, "/data", |_| {}).start().await?;
+    let container = pod
+        .container(&image)
+        .sh("ls /data; sleep 1000")
+        .mount(&host, "/data", |_| {})
+        .start()
+        .await?;
     container.wait_for_log("mine").await?;
     let dir = node.path().join("root/volumes").join(&container.id);
     ensure!(!dir.exists(), "a volume was made that nobody sees");
@@ -342,8 +346,12 @@ async fn options_of_mounts_take_effect(runtime: &str) -> Result<()> {
     fs::create_dir(&host)?;
     fs::copy("/bin/busybox", host.join("echo"))?;
     let pod = node.pod("a").host_network().run().await?;
-    let sets: [&[&str]; 4] =
-        [&["noexec", "nosuid", "nodev"], &["noatime"], &["nodiratime", "relatime"], &["exec", "suid"]];
+    let sets: [&[&str]; 4] = [
+        &["noexec", "nosuid", "nodev"],
+        &["noatime"],
+        &["nodiratime", "relatime"],
+        &["exec", "suid"],
+    ];
     let container = pod
         .container(&busybox)
         .sh("sleep 1000")
@@ -362,10 +370,13 @@ async fn options_of_mounts_take_effect(runtime: &str) -> Result<()> {
         .start()
         .await?;
     let options = async |n: usize| {
-        let text = container.sh(&format!("grep ' /m{n} ' /proc/self/mountinfo | cut -d' ' -f6")).await?;
+        let text =
+            container.sh(&format!("grep ' /m{n} ' /proc/self/mountinfo | cut -d' ' -f6")).await?;
         anyhow::Ok(text.trim().split(',').map(str::to_owned).collect::<BTreeSet<_>>())
     };
-    for (n, wanted) in [(0, &["noexec", "nosuid", "nodev"][..]), (1, &["noatime"]), (2, &["nodiratime"])] {
+    for (n, wanted) in
+        [(0, &["noexec", "nosuid", "nodev"][..]), (1, &["noatime"]), (2, &["nodiratime"])]
+    {
         let has = options(n).await?;
         ensure!(wanted.iter().all(|w| has.contains(*w)), "/m{n}: {has:?}");
     }
@@ -381,7 +392,11 @@ async fn options_of_mounts_take_effect(runtime: &str) -> Result<()> {
             .container(&busybox)
             .name("refused")
             .mount(&host, "/x", |m| {
-                m.mount_options = [option, other].iter().filter(|o| !o.is_empty()).map(|o| (*o).to_owned()).collect();
+                m.mount_options = [option, other]
+                    .iter()
+                    .filter(|o| !o.is_empty())
+                    .map(|o| (*o).to_owned())
+                    .collect();
             })
             .create()
             .await
@@ -450,7 +465,10 @@ async fn a_pod_has_a_user_namespace_with_its_own_files(runtime: &str) -> Result<
     assert_eq!(owner(&upper.join("srv/root"))?, (HOST + 1000, HOST + 1000));
     // Layers are as they were, for everybody else.
     let plain = node.pod("b").host_network().run().await?;
-    let text = plain.container(&image).sh("stat -c '%u:%g' /srv/root /srv/app; cat /srv/root /srv/other").output();
+    let text = plain
+        .container(&image)
+        .sh("stat -c '%u:%g' /srv/root /srv/app; cat /srv/root /srv/other")
+        .output();
     assert_eq!(text.await?, "0:0\n1000:1000\nroot'sother");
     // An account of the image, and exec as that.
     let user = pod
@@ -462,7 +480,13 @@ async fn a_pod_has_a_user_namespace_with_its_own_files(runtime: &str) -> Result<
         .await?;
     ensure!(user.starts_with("1000\napp's"), "{user}");
     let status = pod.status().await?;
-    let options = status.linux.context("linux")?.namespaces.context("namespaces")?.options.context("options")?;
+    let options = status
+        .linux
+        .context("linux")?
+        .namespaces
+        .context("namespaces")?
+        .options
+        .context("options")?;
     assert_eq!(options.userns_options.context("userns")?.uids[0].host_id, HOST);
     node.finish().await
 }
@@ -472,7 +496,10 @@ async fn volumes_of_a_pod_with_a_user_namespace_are_its_own(runtime: &str) -> Re
     open_up(&node)?;
     let two = node.load("test/two:1", &data()?).await?;
     let image = Image::busybox()?
-        .layer([Entry::dir("data", 0o700).owner(1000, 1000), Entry::file("data/seed", 0o600, "seed")])
+        .layer([
+            Entry::dir("data", 0o700).owner(1000, 1000),
+            Entry::file("data/seed", 0o600, "seed"),
+        ])
         .volume("/data")
         .volume("/fresh")
         .build()?;
@@ -491,7 +518,10 @@ async fn volumes_of_a_pod_with_a_user_namespace_are_its_own(runtime: &str) -> Re
         owners.split_whitespace().collect::<Vec<_>>(),
         ["0:0", "1000:1000", "0:0", "1000:1000", "0:0", "0:0"]
     );
-    assert_eq!(container.sh("cat /two/etc/owned && echo x >/data/new && touch /fresh/x").await?, "owned");
+    assert_eq!(
+        container.sh("cat /two/etc/owned && echo x >/data/new && touch /fresh/x").await?,
+        "owned"
+    );
     let text = container.sh("touch /two/x 2>&1; touch /one/x 2>&1; true").await?;
     assert_eq!(text.matches("Read-only file system").count(), 2, "{text}");
     let new = node.path().join("root/volumes").join(&container.id).join("0/new");

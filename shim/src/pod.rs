@@ -504,16 +504,17 @@ impl Pod {
             mounted: !create.rootfs.is_empty(),
             ids: spec.linux.ids.clone(),
         });
-        let pid = match self.launch_init(&container, &stdin, &stdout, &stderr, spec.process.user).await {
-            Ok(pid) => pid,
-            Err(error) => {
-                if container.mounted {
-                    let _ = mounts::unmount(&container.bundle.rootfs());
+        let pid =
+            match self.launch_init(&container, &stdin, &stdout, &stderr, spec.process.user).await {
+                Ok(pid) => pid,
+                Err(error) => {
+                    if container.mounted {
+                        let _ = mounts::unmount(&container.bundle.rootfs());
+                    }
+                    let _ = fs::remove_file(container.bundle.options());
+                    return Err(error);
                 }
-                let _ = fs::remove_file(container.bundle.options());
-                return Err(error);
-            }
-        };
+            };
         lock(&self.containers).insert(create.id.clone(), Slot::Made(container.clone()));
 
         let mut told = event::TaskCreate::new();
@@ -1357,6 +1358,25 @@ mod tests {
         let stat = "12 (a) b 9 (c) S 7 12 34 0 -1 4194560 1 2";
         assert_eq!(parse_stat(stat), Some((7, 34)));
         assert_eq!(parse_stat("nonsense"), None);
+    }
+
+    #[test]
+    fn streams_belong_to_whom_the_process_is_on_the_node() {
+        let owner = |spec: &str| {
+            let spec: Spec = serde_json::from_str(spec).unwrap();
+            spec.linux.ids.on_node(spec.process.user)
+        };
+        let maps = r#""linux":{"uidMappings":[{"containerID":0,"hostID":1000,"size":10},
+                       {"containerID":10,"hostID":5000,"size":10}],
+                       "gidMappings":[{"containerID":0,"hostID":2000,"size":20}]}"#;
+        assert_eq!(owner(&format!("{{{maps}}}")), Some((1000, 2000)));
+        let with = |uid: u32, gid: u32| {
+            owner(&format!(r#"{{"process":{{"user":{{"uid":{uid},"gid":{gid}}}}},{maps}}}"#))
+        };
+        assert_eq!(with(12, 19), Some((5002, 2019)));
+        assert_eq!(with(20, 0), None);
+        assert_eq!(with(0, u32::MAX), None);
+        assert_eq!(owner(r#"{"process":{"user":{"uid":5}}}"#), None);
     }
 
     #[test]

@@ -131,8 +131,7 @@ impl ImageVolume {
                 Ok(fd)
             }),
             lowers => {
-                let overlay =
-                    Overlay { layers: &layers, lowers, writable: None, readonly: true };
+                let overlay = Overlay { layers: &layers, lowers, writable: None, readonly: true };
                 let mounted = match users {
                     Some(users) => overlay.mount_mapped(users, &self.dirs.ingest()),
                     None => overlay.mount(&self.dirs.ingest()),
@@ -427,5 +426,25 @@ impl Mounted {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         rustix::mount::move_mount(&self.fd, "", CWD, target, flags)
             .map_err(|e| Error::Attach { target: target.to_owned(), source: e.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn owners_are_found_in_their_ranges() {
+        let range = |container_id, host_id, length| IdMapping { host_id, container_id, length };
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("namespace");
+        std::fs::write(&file, "").unwrap();
+        let uids = [range(0, 1000, 10), range(100, u32::MAX - 1, 2)];
+        let owners = Owners::open(&file, &uids, &[range(0, 7, 1)]).unwrap();
+        assert_eq!(owners.on_node(0, 0), (Some(1000), Some(7)));
+        assert_eq!(owners.on_node(9, 1), (Some(1009), None));
+        assert_eq!(owners.on_node(10, 0), (None, Some(7)));
+        assert_eq!(owners.on_node(101, 0), (Some(u32::MAX), Some(7)));
+        assert_eq!(owners.on_node(99, u32::MAX), (None, None));
     }
 }

@@ -219,7 +219,12 @@ fn copy_one(
     rustix::fs::chownat(to, name, Some(owner.0), Some(owner.1), links)?;
     if kind != FileType::Symlink {
         // After the change of owner, which may take bits away.
-        rustix::fs::chmodat(to, name, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())?;
+        rustix::fs::chmodat(
+            to,
+            name,
+            Mode::from_raw_mode(stat.st_mode & 0o7777),
+            AtFlags::empty(),
+        )?;
     }
     let time = |seconds: i64, nanos: u64| Timespec { tv_sec: seconds, tv_nsec: nanos as i64 };
     let times = Timestamps {
