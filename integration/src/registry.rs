@@ -107,9 +107,19 @@ impl Registry {
     }
 
     /// How often a path was asked for with GET since the start.
-    pub fn gets(&self, path: &str) -> usize {
-        let line = format!("\"GET {path} ");
-        self.log().matches(&line).count()
+    ///
+    /// # Errors
+    /// The log does not come.
+    pub async fn gets(&self, path: &str) -> Result<usize> {
+        // It logs a request after it has answered: what is asked now is in the log after the rest.
+        let mark = format!("/v2/?mark={}", rand::random::<u32>());
+        self.remote.request(Method::GET, &mark, &[], Bytes::new()).await?;
+        eventually(Duration::from_secs(5), "the registry's log", async || {
+            let log = self.log();
+            Ok(Look::when(log.contains(&mark), || format!("{} bytes", log.len())))
+        })
+        .await?;
+        Ok(self.log().matches(&format!("\"GET {path} ")).count())
     }
 
     /// Pushes an image under `name` ("repository:tag"); its reference for pulling.

@@ -65,6 +65,7 @@ with_each_runtime! {
     exec_that_times_out_is_killed
     exec_output_is_capped_and_background_children_do_not_hold_it
     logs_have_both_streams_parts_and_can_be_reopened
+    the_end_of_a_log_is_kept_with_and_without_a_newline
     usage_is_reported
 }
 
@@ -96,7 +97,7 @@ async fn environment_and_working_directory_are_merged_with_the_image(runtime: &s
         Image::busybox()?.env("A", "image").env("B", "image").working_dir("/var").build()?;
     let image = node.load("test/env:1", &image).await?;
     let pod = node.pod("a").host_network().run().await?;
-    let script = "echo $A,$B,$C,$PWD; tr '\\0' '\\n' </proc/self/environ | sort | tr '\\n' ' '";
+    let script = "echo $A,$B,$C,$PWD; env | sort | tr '\\n' ' '";
     let text = pod.container(&image).sh(script).env("B", "config").env("C", "x=y").output().await?;
     ensure!(text.starts_with("image,config,x=y,/var\n"), "{text}");
     ensure!(text.contains("HOSTNAME=") && text.contains("PATH=/bin"), "{text}");
@@ -738,14 +739,24 @@ async fn seccomp_profiles_are_applied(runtime: &str) -> Result<()> {
 async fn paths_are_masked_and_read_only(runtime: &str) -> Result<()> {
     let (node, image) = node(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
-    // Defaults: the kernel's secrets are hidden and its switches cannot be turned.
-    let container = pod.container(&image).sh("sleep 100").start().await?;
+    // What the kubelet sends for every ordinary container: the kernel's secrets are hidden and its
+    // switches cannot be turned.
+    let container = pod
+        .container(&image)
+        .sh("sleep 100")
+        .security(|s| {
+            s.masked_paths =
+                ["/proc/keys", "/proc/kcore", "/sys/firmware"].map(String::from).into();
+            s.readonly_paths = vec!["/proc/sys".into()];
+        })
+        .start()
+        .await?;
     let keys = container.sh("cat /proc/keys").await?;
     ensure!(keys.is_empty() && !fs::read("/proc/keys")?.is_empty(), "/proc/keys: {keys}");
     assert_eq!(container.sh("ls /sys/firmware").await?, "");
     let refused = container.exec_sync(&["sh", "-c", "echo 1 > /proc/sys/kernel/panic"], 10).await?;
     ensure!(refused.exit_code != 0, "{refused:?}");
-    // The caller's own lists replace them.
+    // Any path can be hidden or closed, and one that is not there does no harm.
     let container = pod
         .container(&image)
         .name("own")
@@ -1106,6 +1117,24 @@ async fn logs_have_both_streams_parts_and_can_be_reopened(runtime: &str) -> Resu
     assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error}");
     let mode = fs::metadata(path)?.permissions().mode() & 0o777;
     ensure!(mode & 0o022 == 0, "{mode:o}");
+    node.finish().await
+}
+
+async fn the_end_of_a_log_is_kept_with_and_without_a_newline(runtime: &str) -> Result<()> {
+    let (node, image) = node(runtime).await?;
+    let pod = node.pod("a").host_network().run().await?;
+    for (name, script, expected) in [
+        ("with", "seq 1 5000", 5000),
+        ("without", "seq 1 5000; printf 'the end'", 5001),
+        ("only", "printf 'the end'", 1),
+    ] {
+        let container = pod.container(&image).name(name).sh(script).start().await?;
+        container.wait().await?;
+        let texts = log::texts(&container.log()?, "stdout");
+        assert_eq!(texts.len(), expected, "{name}: {:?}", texts.last());
+        let last = if name == "with" { "5000" } else { "the end" };
+        assert_eq!(texts.last().map(String::as_str), Some(last), "{name}");
+    }
     node.finish().await
 }
 

@@ -25,14 +25,14 @@ async fn an_image_is_pushed_to_a_real_registry_and_reads_are_counted() -> Result
     let reference = registry.push("test/busybox:1", &image).await?;
     assert_eq!(reference, format!("{}/test/busybox:1", registry.host()));
     let path = format!("/v2/test/busybox/blobs/{}", image.layers[0].digest);
-    assert_eq!(registry.gets(&path), 0);
+    assert_eq!(registry.gets(&path).await?, 0);
     for _ in 0..2 {
         let output = Command::new("curl")
             .args(["-sf", &format!("http://{}{path}", registry.host())])
             .output()?;
         assert!(output.stdout == image.layers[0].content);
     }
-    assert_eq!(registry.gets(&path), 2, "{}", registry.log());
+    assert_eq!(registry.gets(&path).await?, 2, "{}", registry.log());
     Ok(())
 }
 

@@ -123,7 +123,7 @@ async fn concurrent_pulls_of_one_image_share_one_download() -> Result<()> {
     let registry = node.registry().await?;
     for blob in image.blobs() {
         let path = format!("/v2/shared/image/blobs/{}", blob.digest);
-        assert_eq!(registry.gets(&path), 1, "{path}");
+        assert_eq!(registry.gets(&path).await?, 1, "{path}");
     }
     // What another image shares with it is not fetched either.
     let second = Image::busybox()?.layer([Entry::file("second", 0o644, "x")]).build()?;
@@ -131,7 +131,7 @@ async fn concurrent_pulls_of_one_image_share_one_download() -> Result<()> {
     let second_reference = node.registry().await?.push("shared/second:1", &second).await?;
     node.pull(&second_reference).await?;
     let path = format!("/v2/shared/second/blobs/{}", second.layers[0].digest);
-    assert_eq!(node.registry().await?.gets(&path), 0);
+    assert_eq!(node.registry().await?.gets(&path).await?, 0);
     node.finish().await
 }
 

@@ -26,6 +26,25 @@ use super::{
     wire,
 };
 
+/// What the kubelet hides from ordinary containers: the kernel's secrets and noise.
+const MASKED: [&str; 11] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/firmware",
+];
+
+/// What it lets them read but not write: the kernel's switches.
+const READONLY: [&str; 5] =
+    ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
 /// The Kubernetes namespace of pods that `run` makes.
 const NAMESPACE: &str = "default";
 
@@ -281,6 +300,15 @@ fn container_config(args: &Run, name: &str, image: String) -> cri::ContainerConf
         readonly_rootfs: args.read_only,
         ..Default::default()
     };
+    if !args.privileged {
+        // To the CRI an empty list means that nothing is hidden.
+        security.masked_paths = MASKED.map(String::from).into();
+        security.readonly_paths = READONLY.map(String::from).into();
+        security.seccomp = Some(cri::SecurityProfile {
+            profile_type: cri::security_profile::ProfileType::RuntimeDefault.into(),
+            localhost_ref: String::new(),
+        });
+    }
     if let Some(user) = &args.user {
         match &user.who {
             Who::Id(id) => security.run_as_user = Some(cri::Int64Value { value: *id }),

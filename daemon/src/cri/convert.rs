@@ -68,6 +68,13 @@ pub(super) fn pod_config(config: cri::PodSandboxConfig) -> Result<PodConfig> {
     let linux = config.linux.unwrap_or_default();
     let security = linux.security_context.unwrap_or_default();
     let options = security.namespace_options.clone().unwrap_or_default();
+    for (name, mode) in [("network", options.network), ("ipc", options.ipc)] {
+        let known = [cri::NamespaceMode::Pod as i32, cri::NamespaceMode::Node as i32];
+        if !known.contains(&mode) {
+            let field = format!("config.linux.security_context.namespace_options.{name}");
+            return Err(invalid(&field, format!("namespace mode {mode} is neither POD nor NODE")));
+        }
+    }
     let host = |mode: i32| mode == cri::NamespaceMode::Node as i32;
     let hostname = config.hostname;
     if hostname.len() > 64 {
@@ -226,6 +233,12 @@ fn profile(field: &str, profile: Option<cri::SecurityProfile>) -> Result<Option<
         Ok(ProfileType::Unconfined) => Ok(Some(Profile::Unconfined)),
         Ok(ProfileType::Localhost) if profile.localhost_ref.is_empty() => {
             Err(invalid(field, "a Localhost profile needs localhost_ref"))
+        }
+        Ok(ProfileType::Localhost)
+            if field == "seccomp" && !profile.localhost_ref.starts_with('/') =>
+        {
+            let wrong = format!("{:?} is not an absolute path", profile.localhost_ref);
+            Err(invalid(field, wrong))
         }
         Ok(ProfileType::Localhost) => Ok(Some(Profile::Localhost(profile.localhost_ref))),
         Err(_) => Err(invalid(field, "unknown profile type")),
@@ -421,6 +434,9 @@ fn container_security(security: cri::LinuxContainerSecurityContext) -> Result<Se
         }
         id => Ok(id),
     };
+    if security.run_as_user.is_some() && !security.run_as_username.is_empty() {
+        return Err(invalid("run_as_username", "a user is given by id or by name, not both"));
+    }
     let capabilities = security.capabilities.unwrap_or_default();
     let policy = match cri::SupplementalGroupsPolicy::try_from(security.supplemental_groups_policy)
     {
