@@ -7,9 +7,12 @@
 //! goes away (`| head`) ends the command without a complaint.
 
 mod args;
+mod attach;
 mod client;
+mod detach;
 mod exec;
 mod find;
+mod forward;
 mod image;
 mod info;
 mod inspect;
@@ -19,8 +22,10 @@ mod logs;
 mod progress;
 mod remove;
 mod run;
+mod session;
 mod stats;
 mod table;
+mod terminal;
 mod text;
 mod wire;
 
@@ -35,14 +40,14 @@ use clap::{CommandFactory as _, Parser as _};
 use self::args::{Args, Command, ImageCommand};
 pub(crate) use self::client::{Client, Hint};
 
-/// Exit code of `run` and `exec` when the command itself did not run.
+/// Exit code of `run`, `exec` and `attach` when the command itself did not run.
 const NOT_RUN: u8 = 125;
 
 /// The program.
 pub fn main() -> ExitCode {
     let args = Args::parse();
     let not_run = match &args.command {
-        Command::Run(_) | Command::Exec(_) => NOT_RUN,
+        Command::Run(_) | Command::Exec(_) | Command::Attach(_) => NOT_RUN,
         _ => 1,
     };
     // One thread: everything here is waiting for one socket.
@@ -103,6 +108,8 @@ async fn dispatch(args: Args) -> Result<u8> {
                 Command::Image(ImageCommand::Inspect(a)) => inspect::images(client, a).await,
                 Command::Run(a) => run::run(client, *a).await,
                 Command::Exec(a) => exec::exec(client, a).await,
+                Command::Attach(a) => attach::attach(client, a).await,
+                Command::PortForward(a) => forward::port_forward(client, a).await,
                 Command::Logs(a) => logs::logs(client, a).await,
                 Command::Stop(a) => remove::stop(client, a).await,
                 Command::Rm(a) => remove::remove(client, a).await,

@@ -198,6 +198,9 @@ struct Kept {
 /// What changes when a file does: inode, size, and time of change in nanoseconds.
 type Stamp = (u64, u64, i64, i64);
 
+/// A file, and what is in it or why it is not valid.
+type Found = (PathBuf, Arc<Result<File, String>>);
+
 /// What devices change in a spec.
 #[derive(Debug, Default)]
 pub struct Edits {
@@ -236,11 +239,7 @@ impl Devices {
         Ok(edits)
     }
 
-    fn find<'a>(
-        &self,
-        name: &Name,
-        dirs: &'a [Vec<(PathBuf, Arc<Result<File, String>>)>],
-    ) -> Result<(&'a Path, &'a File), Error> {
+    fn find<'a>(&self, name: &Name, dirs: &'a [Vec<Found>]) -> Result<(&'a Path, &'a File), Error> {
         for dir in dirs.iter().rev() {
             let mut found = dir.iter().filter_map(|(path, file)| match &**file {
                 Ok(file) if file.has(name) => Some((path.as_path(), file)),
@@ -270,7 +269,7 @@ impl Devices {
     }
 
     /// The files by directory, as they are now.
-    fn scan(&self) -> Vec<Vec<(PathBuf, Arc<Result<File, String>>)>> {
+    fn scan(&self) -> Vec<Vec<Found>> {
         let mut kept = self.files.lock().unwrap_or_else(|e| e.into_inner());
         let mut seen = BTreeMap::new();
         let mut dirs = Vec::with_capacity(self.dirs.len());

@@ -310,7 +310,8 @@ impl RuntimeService for Service {
 
     async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
         let request = request.into_inner();
-        let (_, container) = self.running(request.container_id)?;
+        let id = id("container_id", request.container_id)?;
+        let (_, container) = self.pods.find_attachable(&id).map_err(|e| to_status(&e))?;
         let url = self.streaming.attach_url(AttachRequest {
             container: container.record.id.to_string(),
             tty: request.tty,

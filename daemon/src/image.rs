@@ -354,7 +354,8 @@ impl Images {
                 snapshot.layers.iter().map(|number| restored.get(number).cloned()).collect();
             if let Some((container, _)) = snapshot.container.split_once('/') {
                 if let Ok(id) = container.parse() {
-                    snapshots.restore_volume(id, held.unwrap_or_default());
+                    let here = snapshot.layers.iter().filter_map(|n| restored.get(n).cloned());
+                    snapshots.restore_volume(id, here.collect());
                 }
                 continue;
             }

@@ -624,6 +624,20 @@ impl Pods {
         }
     }
 
+    /// The container, whose streams the shim has: one that runs, or that is created. Who attaches to
+    /// it before it is started misses nothing of what it prints.
+    pub(crate) fn find_attachable(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), Error> {
+        let (pod, container) = self.find_container(id)?;
+        match &container.record.state {
+            ContainerState::Created { .. } | ContainerState::Running { .. } => Ok((pod, container)),
+            state => Err(Error::Wrong {
+                id: container.record.id.clone(),
+                state: state.name(),
+                what: "only one that is created or runs can be attached to",
+            }),
+        }
+    }
+
     /// Ends every owner; pods and containers stay as they are.
     pub async fn close(&self) {
         self.stop.cancel();

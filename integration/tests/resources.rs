@@ -307,6 +307,19 @@ async fn an_update_that_cannot_be_is_refused_and_changes_nothing(runtime: &str) 
         assert_eq!(told(&container).await?, before, "{word}");
     }
     assert_eq!(cgroup(&node, &container, "memory.limit_in_bytes", "memory.max")?, "67108864");
+    if version_1() {
+        // Without swap to go to, what is in a tmpfs cannot be taken back. (On v2 the kernel kills.)
+        container.sh("head -c 40000000 /dev/zero >/dev/shm/full").await?;
+        let less = |r: &mut cri::LinuxContainerResources| {
+            r.memory_limit_in_bytes = 16 << 20;
+            r.memory_swap_limit_in_bytes = 16 << 20;
+        };
+        let error = update(&node, &container, less).await.unwrap_err();
+        ensure!(error.code() == Code::FailedPrecondition, "{error}");
+        ensure!(error.message().contains("memory"), "{error}");
+        assert_eq!(told(&container).await?, before);
+        ensure!(container.is_running().await?);
+    }
     let nobody = Container::existing(node.cri(), &"0".repeat(64));
     let error = update(&node, &nobody, |r| r.cpu_shares = 2).await.unwrap_err();
     assert_eq!(error.code(), Code::NotFound, "{error}");
@@ -477,6 +490,19 @@ async fn block_io_classes_are_limits(runtime: &str) -> Result<()> {
     fs::write(&file, slow("1Mi"))?;
     let seen = limit("second").await?;
     ensure!(seen.contains("1048576"), "{seen:?}");
+    fs::write(&file, "Classes:\n  slow:\n  - Weight: 500\n")?;
+    let weighed = pod.container(&image).name("slow").attempt(7).sh("sleep 100").start().await;
+    match weighed {
+        Ok(container) => {
+            let weight = cgroup(&node, &container, "blkio.bfq.weight", "io.bfq.weight")?;
+            ensure!(weight.contains("500"), "{weight}");
+        }
+        // Kernels without BFQ; crun 1.8, which knows blkio.weight only.
+        Err(error) => {
+            ensure!(error.code() == Code::FailedPrecondition, "{error}");
+            ensure!(error.message().to_lowercase().contains("weight"), "{error}");
+        }
+    }
     let words = ["no-such", "it has slow", "blockio.resources.beta.kubernetes.io/pod"];
     refused(&pod, &image, Code::FailedPrecondition, &words, |_| {}).await?;
     node.finish().await

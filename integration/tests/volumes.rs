@@ -416,7 +416,7 @@ fn mapped(pod: PodBuilder) -> PodBuilder {
     pod.namespaces(|n| {
         n.userns_options = Some(cri::UserNamespace {
             mode: cri::NamespaceMode::Pod.into(),
-            uids: vec![range.clone()],
+            uids: vec![range],
             gids: vec![range],
         });
     })
@@ -544,8 +544,8 @@ async fn volumes_that_the_runtime_cannot_map_are_refused(runtime: &str) -> Resul
     let refused = pod
         .container(&busybox)
         .mount(&host, "/x", |m| {
-            m.uid_mappings = vec![range.clone()];
-            m.gid_mappings = vec![range.clone()];
+            m.uid_mappings = vec![range];
+            m.gid_mappings = vec![range];
         })
         .create()
         .await
@@ -555,16 +555,16 @@ async fn volumes_that_the_runtime_cannot_map_are_refused(runtime: &str) -> Resul
     ensure!(refused.message().contains("id-mapped"), "{refused}");
     ensure!(!host.exists(), "the directory was left");
     for (uids, words) in [
-        (vec![range.clone(), range.clone()], "one mapping"),
-        (vec![cri::IdMapping { container_id: 1, ..range.clone() }], "container_id 0"),
-        (vec![cri::IdMapping { length: 0, ..range.clone() }], "range"),
+        (vec![range, range], "one mapping"),
+        (vec![cri::IdMapping { container_id: 1, ..range }], "container_id 0"),
+        (vec![cri::IdMapping { length: 0, ..range }], "range"),
         (vec![], "needs"),
     ] {
         let pod = node.pod("wrong").namespaces(|n| {
             n.userns_options = Some(cri::UserNamespace {
                 mode: cri::NamespaceMode::Pod.into(),
                 uids,
-                gids: vec![range.clone()],
+                gids: vec![range],
             });
         });
         let refused = pod.run().await.map(|p| p.id).unwrap_err();

@@ -201,6 +201,8 @@ pub(crate) struct Container {
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
+    /// Of its user namespace; empty: it has none.
+    ids: IdMaps,
     /// Held while the runtime deletes it: a second `delete` at the same time meets a frozen cgroup.
     deleting: tokio::sync::Mutex<()>,
 }
@@ -326,12 +328,62 @@ pub(crate) struct Pod {
 struct Spec {
     #[serde(default)]
     linux: Linux,
+    #[serde(default)]
+    process: SpecProcess,
+}
+
+/// The OCI `Process`, of a container or of an exec, as far as its streams need it.
+#[derive(Deserialize, Default)]
+struct SpecProcess {
+    #[serde(default)]
+    user: SpecUser,
+}
+
+#[derive(Deserialize, Default, Clone, Copy)]
+#[serde(default)]
+struct SpecUser {
+    uid: u32,
+    gid: u32,
+}
+
+/// Who the ids of a container's user namespace are on the node.
+#[derive(Deserialize, Default, Clone)]
+#[serde(default)]
+pub(crate) struct IdMaps {
+    #[serde(rename = "uidMappings")]
+    uids: Vec<SpecIds>,
+    #[serde(rename = "gidMappings")]
+    gids: Vec<SpecIds>,
+}
+
+#[derive(Deserialize, Clone, Copy)]
+struct SpecIds {
+    #[serde(rename = "containerID")]
+    container: u32,
+    #[serde(rename = "hostID")]
+    host: u32,
+    size: u32,
+}
+
+impl IdMaps {
+    /// The user and group on the node; `None` if there are no mappings, or they have no such ids.
+    fn on_node(&self, user: SpecUser) -> Option<(u32, u32)> {
+        let find = |maps: &[SpecIds], id: u32| {
+            maps.iter().find_map(|map| {
+                let offset = id.checked_sub(map.container).filter(|offset| *offset < map.size)?;
+                map.host.checked_add(offset)
+            })
+        };
+        Some((find(&self.uids, user.uid)?, find(&self.gids, user.gid)?))
+    }
 }
 
 #[derive(Deserialize, Default)]
 struct Linux {
     #[serde(default)]
     namespaces: Vec<SpecNamespace>,
+    #[serde(flatten)]
+    ids: IdMaps,
 }
 
 #[derive(Deserialize)]
@@ -469,17 +521,19 @@ impl Pod {
             deleting: tokio::sync::Mutex::new(()),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
+            ids: spec.linux.ids.clone(),
         });
-        let pid = match self.launch_init(&container, &stdin, &stdout, &stderr).await {
-            Ok(pid) => pid,
-            Err(error) => {
-                if container.mounted {
-                    let _ = mounts::unmount(&container.bundle.rootfs());
+        let pid =
+            match self.launch_init(&container, &stdin, &stdout, &stderr, spec.process.user).await {
+                Ok(pid) => pid,
+                Err(error) => {
+                    if container.mounted {
+                        let _ = mounts::unmount(&container.bundle.rootfs());
+                    }
+                    let _ = fs::remove_file(container.bundle.options());
+                    return Err(error);
                 }
-                let _ = fs::remove_file(container.bundle.options());
-                return Err(error);
-            }
-        };
+            };
         lock(&self.containers).insert(create.id.clone(), Slot::Made(container.clone()));
 
         let mut told = event::TaskCreate::new();
@@ -509,8 +563,10 @@ impl Pod {
         stdin: &Source,
         stdout: &Sink,
         stderr: &Sink,
+        user: SpecUser,
     ) -> Called<u32> {
         let mut io = self.open_io(container, &container.init, stdin, stdout, stderr, false).await?;
+        io.give_to(container.ids.on_node(user)).map_err(io_error("give the streams away"))?;
         if container.restore.is_some() {
             *lock(&container.init.io) = Some(io);
             return Ok(0);
@@ -802,6 +858,9 @@ impl Pod {
         container.running("exec")?;
         let (stdin, stdout, stderr) = process.uris.parse()?;
         let mut io = self.open_io(container, &process, &stdin, &stdout, &stderr, true).await?;
+        // What is no process the runtime refuses itself, in its own words.
+        let user = serde_json::from_slice::<SpecProcess>(&process.spec).unwrap_or_default().user;
+        io.give_to(container.ids.on_node(user)).map_err(io_error("give the streams away"))?;
         let console = io.console();
         let given = io.take_given();
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
@@ -1346,6 +1405,25 @@ mod tests {
         let stat = "12 (a) b 9 (c) S 7 12 34 0 -1 4194560 1 2";
         assert_eq!(parse_stat(stat), Some((7, 34)));
         assert_eq!(parse_stat("nonsense"), None);
+    }
+
+    #[test]
+    fn streams_belong_to_whom_the_process_is_on_the_node() {
+        let owner = |spec: &str| {
+            let spec: Spec = serde_json::from_str(spec).unwrap();
+            spec.linux.ids.on_node(spec.process.user)
+        };
+        let maps = r#""linux":{"uidMappings":[{"containerID":0,"hostID":1000,"size":10},
+                       {"containerID":10,"hostID":5000,"size":10}],
+                       "gidMappings":[{"containerID":0,"hostID":2000,"size":20}]}"#;
+        assert_eq!(owner(&format!("{{{maps}}}")), Some((1000, 2000)));
+        let with = |uid: u32, gid: u32| {
+            owner(&format!(r#"{{"process":{{"user":{{"uid":{uid},"gid":{gid}}}}},{maps}}}"#))
+        };
+        assert_eq!(with(12, 19), Some((5002, 2019)));
+        assert_eq!(with(20, 0), None);
+        assert_eq!(with(0, u32::MAX), None);
+        assert_eq!(owner(r#"{"process":{"user":{"uid":5}}}"#), None);
     }
 
     #[test]

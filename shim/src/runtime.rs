@@ -86,7 +86,8 @@ pub(crate) enum Reason {
     WorkingDirectory,
     /// The container is frozen.
     Paused,
-    /// A limit that the kernel does not take: a CPU that is not there, less memory than is in use.
+    /// A limit that the kernel does not take, or has no file for: a CPU that is not there, less
+    /// memory than is in use.
     Limit,
     /// The container is not frozen.
     NotPaused,
@@ -547,8 +548,10 @@ fn reason(message: &str) -> Reason {
         || has("is not in `created` or `stopped` state")
     {
         Reason::NotRunning
-    } else if (has("cgroup") || has("writing file `"))
-        && (has("out of range") || has("resource busy") || has("invalid argument"))
+    } else if has("unable to set memory limit")
+        || (has("cgroup") || has("writing file `"))
+            && (has("out of range") || has("resource busy") || has("invalid argument"))
+        || (has("opening file `") && has("for writing: no such file"))
     {
         Reason::Limit
     } else if has("flag provided but not defined")
@@ -571,7 +574,10 @@ mod tests {
         for message in [
             "failed to write \"4000\": write /sys/fs/cgroup/cpuset/a/cpuset.cpus: numerical result out of range",
             "failed to write \"1\": write /sys/fs/cgroup/memory/a/memory.limit_in_bytes: device or resource busy",
+            "unable to set memory limit to 1 (current usage: 2, peak usage: 2)",
             "writing file `cpuset.cpus`: Numerical result out of range",
+            "writing file `memory.limit_in_bytes`: Device or resource busy",
+            "opening file `blkio.weight` for writing: No such file or directory",
         ] {
             assert_eq!(reason(message), Reason::Limit, "{message}");
         }

@@ -488,6 +488,20 @@ impl Io {
         }
     }
 
+    /// Gives the FIFOs to whom the process is on the node, if that is known: it may want to open
+    /// /dev/stdout anew. Without a user namespace the OCI runtime does it; in one it may not.
+    pub(crate) fn give_to(&self, owner: Option<(u32, u32)>) -> io::Result<()> {
+        let Some((uid, gid)) = owner else { return Ok(()) };
+        let Streams { stdin, stdout, stderr } = &self.given;
+        for fd in [stdin, stdout, stderr].into_iter().flatten() {
+            let kind = nix::sys::stat::fstat(fd)?.st_mode & libc::S_IFMT;
+            if kind == libc::S_IFIFO {
+                nix::unistd::fchown(fd, Some(uid.into()), Some(gid.into()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// What the runtime is to be given.
     pub(crate) fn take_given(&mut self) -> Streams {
         std::mem::take(&mut self.given)

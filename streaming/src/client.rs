@@ -159,59 +159,15 @@ impl Client {
         io: Io,
         detach: impl Future<Output = ()>,
     ) -> Result<Ended, Error> {
-        let (channels, protocol, [stdout, stderr, mut error]) =
-            self.connect(url, [1, 2, 3]).await?;
-        let v5 = protocol == V5;
-        let output = async {
-            let (stdout, stderr, outcome) = tokio::join!(
-                receive(stdout, io.stdout, "write stdout"),
-                receive(stderr, io.stderr, "write stderr"),
-                async {
-                    let mut outcome = Vec::new();
-                    (&mut error).take(MAX_OUTCOME).read_to_end(&mut outcome).await.map(|_| outcome)
-                },
-            );
-            // Our own failure explains more than the connection's end that it leads to.
-            stdout?;
-            stderr?;
-            outcome.map_err(|_| Error::Lost)
-        };
-        let input = async {
-            let stdin = send(io.stdin, channels.outbound(0), v5);
-            let sizes = async {
-                let Some(mut sizes) = io.sizes else { return };
-                let mut out = channels.outbound(4);
-                while let Some(Size { width, height }) = sizes.recv().await {
-                    let text = format!("{{\"Width\":{width},\"Height\":{height}}}\n");
-                    if out.write_all(text.as_bytes()).await.is_err() {
-                        return;
-                    }
-                }
-            };
-            let (stdin, ()) = tokio::join!(stdin, sizes);
-            match stdin {
-                // There is nothing more to send; what is received decides.
-                Ok(()) => std::future::pending().await,
-                Err(error) => error,
-            }
-        };
-        let result = tokio::select! {
-            // The outcome before anything else that is ready.
-            biased;
-            outcome = output => outcome.and_then(|outcome| {
-                if outcome.is_empty() {
-                    return Err(Error::Lost);
-                }
-                match Outcome::parse(&outcome).map_err(Error::Outcome)? {
-                    Outcome::Exited(code) => Ok(Ended::Exited(code)),
-                    Outcome::Failed(text) => Err(Error::Remote(text)),
-                }
-            }),
-            error = input => Err(error),
-            () = detach => Ok(Ended::Detached),
-        };
-        channels.close().await;
-        result
+        self.open(url).await?.join(io, detach).await
+    }
+
+    /// Begins the session behind an exec or attach URL. What the process writes from then on is kept
+    /// for [`Session::join`], as far as a session's buffers go; so a container's output can be had
+    /// from its beginning, by attaching to it before it is started.
+    pub async fn open(&self, url: &str) -> Result<Session, Error> {
+        let (channels, protocol, outputs) = self.connect(url, [1, 2, 3]).await?;
+        Ok(Session { channels, v5: protocol == V5, outputs })
     }
 
     /// Joins one connection to the port of a port-forward URL that was made for that port alone, until
@@ -334,6 +290,70 @@ impl Client {
             Ok(result) => result,
             Err(_) => Err(Error::Timeout(authority.to_string())),
         }
+    }
+}
+
+/// A session of exec or attach that has begun.
+pub struct Session {
+    channels: Channels,
+    v5: bool,
+    outputs: [crate::pipe::PipeReader; 3],
+}
+
+impl Session {
+    /// Joins `io` to the session's process, until that ends or `detach` resolves.
+    pub async fn join(self, io: Io, detach: impl Future<Output = ()>) -> Result<Ended, Error> {
+        let Session { channels, v5, outputs: [stdout, stderr, mut error] } = self;
+        let output = async {
+            let (stdout, stderr, outcome) = tokio::join!(
+                receive(stdout, io.stdout, "write stdout"),
+                receive(stderr, io.stderr, "write stderr"),
+                async {
+                    let mut outcome = Vec::new();
+                    (&mut error).take(MAX_OUTCOME).read_to_end(&mut outcome).await.map(|_| outcome)
+                },
+            );
+            // Our own failure explains more than the connection's end that it leads to.
+            stdout?;
+            stderr?;
+            outcome.map_err(|_| Error::Lost)
+        };
+        let input = async {
+            let stdin = send(io.stdin, channels.outbound(0), v5);
+            let sizes = async {
+                let Some(mut sizes) = io.sizes else { return };
+                let mut out = channels.outbound(4);
+                while let Some(Size { width, height }) = sizes.recv().await {
+                    let text = format!("{{\"Width\":{width},\"Height\":{height}}}\n");
+                    if out.write_all(text.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            };
+            let (stdin, ()) = tokio::join!(stdin, sizes);
+            match stdin {
+                // There is nothing more to send; what is received decides.
+                Ok(()) => std::future::pending().await,
+                Err(error) => error,
+            }
+        };
+        let result = tokio::select! {
+            // The outcome before anything else that is ready.
+            biased;
+            outcome = output => outcome.and_then(|outcome| {
+                if outcome.is_empty() {
+                    return Err(Error::Lost);
+                }
+                match Outcome::parse(&outcome).map_err(Error::Outcome)? {
+                    Outcome::Exited(code) => Ok(Ended::Exited(code)),
+                    Outcome::Failed(text) => Err(Error::Remote(text)),
+                }
+            }),
+            error = input => Err(error),
+            () = detach => Ok(Ended::Detached),
+        };
+        channels.close().await;
+        result
     }
 }
 

@@ -4,9 +4,11 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use super::text;
+use super::{detach, text};
 
 const DEFAULT_SOCKET: &str = "/run/holdfast/holdfast.sock";
+
+const DETACH_KEYS: &str = "ctrl-p,ctrl-q";
 
 // clap has no groups of subcommands: this is the list, and a test keeps it complete.
 const HELP: &str = "\
@@ -15,36 +17,40 @@ const HELP: &str = "\
 {usage-heading} {usage}
 
 Pods and containers:
-  run         Run an image's container in a new pod
-  ps          List containers
-  pods        List pods
-  logs        Print a container's log
-  exec        Run a command in a container
-  stop        Stop containers or pods
-  rm          Remove containers or pods
-  stats       Show what containers use
+  run           Run an image's container in a new pod
+  ps            List containers
+  pods          List pods
+  logs          Print a container's log
+  exec          Run a command in a container
+  attach        Join a container that runs
+  port-forward  Forward ports of this node to a pod
+  stop          Stop containers or pods
+  rm            Remove containers or pods
+  stats         Show what containers use
 
 Images:
-  images      List images
-  pull        Pull an image
-  rmi         Remove images
-  image       import an archive; ls, pull, rm, inspect
+  images        List images
+  pull          Pull an image
+  rmi           Remove images
+  image         import an archive; ls, pull, rm, inspect
 
 About:
-  inspect     Print everything about a pod, container or image
-  info        Show what the daemon can do and whether it is ready
-  version     Print the versions of holdfast and holdfastd
-  completion  Print a completion script for a shell
-  help        Print the help of a command
+  inspect       Print everything about a pod, container or image
+  info          Show what the daemon can do and whether it is ready
+  version       Print the versions of holdfast and holdfastd
+  completion    Print a completion script for a shell
+  help          Print the help of a command
 
 Options:
 {options}
 
 Examples:
   holdfast run --rm docker.io/library/busybox:1.36 echo hello
+  holdfast run -it --rm docker.io/library/busybox:1.36 sh
   holdfast run -d --name web -p 8080:80 registry.example/nginx:1
   holdfast logs -f --tail 20 web
-  holdfast exec web -- cat /etc/hostname
+  holdfast exec -it web sh
+  holdfast port-forward web 8080:80
   holdfast ps -o json | jq -r '.containers[].id'
   holdfast rm -f web
 
@@ -98,6 +104,10 @@ pub(super) enum Command {
     Logs(Logs),
     /// Run a command in a container
     Exec(Exec),
+    /// Join a container that runs
+    Attach(Attach),
+    /// Forward ports of this node to a pod
+    PortForward(PortForward),
     /// Stop containers or pods
     Stop(Stop),
     /// Remove containers or pods
@@ -328,13 +338,14 @@ pub(super) struct Rm {
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The exit code is the command's; 125 if it was not run.")]
+The exit code is the command's; 125 if it was not run. With -t, stdout has the command's stderr too. With \
+--timeout, and without -i and -t, the command is killed when the time is up.")]
 pub(super) struct Exec {
-    /// Keep stdin open
-    #[arg(long, short, hide = true)]
+    /// Give the command this stdin
+    #[arg(long, short)]
     pub(super) interactive: bool,
-    /// A terminal
-    #[arg(long, short, hide = true)]
+    /// Give the command a terminal: -it for a shell
+    #[arg(long, short)]
     pub(super) tty: bool,
     /// A container, or a pod that has only one
     #[arg(value_name = "NAME")]
@@ -342,6 +353,36 @@ pub(super) struct Exec {
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(super) command: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+What the container prints from now on is shown; see `holdfast logs` for what it printed before. The exit \
+code is the container's; 125 if it is not known. Ctrl-C, where it is not the container's own, ends \
+holdfast and not the container.")]
+pub(super) struct Attach {
+    /// Give the container this stdin, if it was made to take one (run -i)
+    #[arg(long, short)]
+    pub(super) interactive: bool,
+    /// Keys that leave the container's terminal, and let it run on; "" for none
+    #[arg(long, value_name = "KEYS", default_value = DETACH_KEYS, value_parser = detach::parse_keys)]
+    pub(super) detach_keys: detach::Keys,
+    /// A container, or a pod that has only one
+    #[arg(value_name = "NAME")]
+    pub(super) name: String,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Each port that is listened on is printed once, as ADDRESS:LOCAL -> REMOTE. The pod's programs see a \
+connection to 127.0.0.1. Ctrl-C ends it.")]
+pub(super) struct PortForward {
+    /// The pod
+    #[arg(value_name = "POD")]
+    pub(super) pod: String,
+    /// A port of this node, or 0 for any that is free, and the pod's; just PORT is PORT:PORT
+    #[arg(required = true, value_name = "[ADDRESS:]LOCAL:REMOTE", value_parser = text::parse_forward)]
+    pub(super) ports: Vec<text::Forward>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -401,8 +442,10 @@ Without -d, run prints the container's log until it exits and returns its exit c
 started. Ctrl-C stops the container. Without --rm the pod stays, stopped: see its log with `holdfast \
 logs`, and remove it with `holdfast rm`. When anything fails on the way, nothing stays.
 
-A kubelet on this node removes pods that it does not know. Interactive containers (-i, -t) are not \
-built yet.")]
+With -i and -t this is the container's stdin and terminal, and Ctrl-C is a key like any other. The detach \
+keys leave the container running, --rm or not: `holdfast attach` gets back to it.
+
+A kubelet on this node removes pods that it does not know.")]
 pub(super) struct Run {
     /// Print the pod's id and leave the container running
     #[arg(long, short, conflicts_with = "rm")]
@@ -410,12 +453,15 @@ pub(super) struct Run {
     /// Remove the pod when the container has exited
     #[arg(long)]
     pub(super) rm: bool,
-    /// Keep stdin open
-    #[arg(long, short, hide = true)]
+    /// Give the container this stdin; with -d, keep one for attach
+    #[arg(long, short)]
     pub(super) interactive: bool,
-    /// A terminal
-    #[arg(long, short, hide = true)]
+    /// Give the container a terminal: -it for a shell
+    #[arg(long, short)]
     pub(super) tty: bool,
+    /// Keys that leave the container's terminal, and let it run on; "" for none
+    #[arg(long, value_name = "KEYS", default_value = DETACH_KEYS, value_parser = detach::parse_keys)]
+    pub(super) detach_keys: detach::Keys,
     /// Name of the pod and of its container [default: the image's, and some letters]
     #[arg(long, value_parser = text::parse_pod_name)]
     pub(super) name: Option<String>,
@@ -546,6 +592,10 @@ mod tests {
             ("ps -q -o json", "cannot be used with"),
             ("stop", "<NAME>"),
             ("ps --timeout 5", "30s"),
+            ("attach --detach-keys alt-p web", "ctrl-p,ctrl-q"),
+            ("run --detach-keys ctrl-1 busybox", "ctrl-p,ctrl-q"),
+            ("port-forward web", "LOCAL:REMOTE"),
+            ("port-forward web 80:0", "1 to 65535"),
         ] {
             let error = parse(line).unwrap_err();
             assert!(error.contains(expected), "{line}: {error}");

@@ -2,7 +2,8 @@
 
 use std::{
     error::Error as StdError,
-    fmt, io,
+    fmt,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -262,9 +263,11 @@ impl StdError for Hint {}
 
 /// Prints an error: its chain on one line, then what to do.
 pub(super) fn report(error: &anyhow::Error) {
-    eprintln!("holdfast: {}", format!("{error:#}").replace('\n', " "));
+    // A terminal that has hung up is no reason to panic.
+    let mut stderr = io::stderr().lock();
+    let _ = writeln!(stderr, "holdfast: {}", format!("{error:#}").replace('\n', " "));
     for hint in error.chain().filter_map(|cause| cause.downcast_ref::<Hint>()) {
-        eprintln!("  {}", hint.hint);
+        let _ = writeln!(stderr, "  {}", hint.hint);
     }
 }
 

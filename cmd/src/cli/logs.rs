@@ -60,7 +60,7 @@ pub(super) async fn logs(client: &mut Client, args: Logs) -> Result<u8> {
         reader.tail(count, style)?;
     }
     if args.follow {
-        follow(client, &container.id, reader, style).await?;
+        follow(client, &container.id, Some(reader), style).await?;
     } else {
         reader.read_on(style)?;
         reader.finish(style)?;
@@ -91,13 +91,14 @@ pub(super) async fn status(client: &Client, id: &str) -> Result<cri::ContainerSt
     response.status.with_context(|| format!("container {id} has no status"))
 }
 
-/// Prints a log until its container has exited (its status) or is removed (nothing).
+/// Prints a log, if there is one to print, until its container has exited (its status) or is removed
+/// (nothing).
 ///
 /// The daemon may go away and come back meanwhile.
 pub(super) async fn follow(
     client: &Client,
     id: &str,
-    mut reader: Reader,
+    mut reader: Option<Reader>,
     style: Style,
 ) -> Result<Option<cri::ContainerStatus>> {
     let mut pause = POLL.0;
@@ -107,8 +108,10 @@ pub(super) async fn follow(
             Ok(status) => Some(status),
             Err(error) => match client::code(&error) {
                 Some(Code::NotFound) => {
-                    reader.read_on(style)?;
-                    reader.finish(style)?;
+                    if let Some(mut reader) = reader {
+                        reader.read_on(style)?;
+                        reader.finish(style)?;
+                    }
                     return Ok(None);
                 }
                 // Restarting, or busy: the container and its log do not need it.
@@ -119,11 +122,16 @@ pub(super) async fn follow(
                 Some(_) => return Err(error),
             },
         };
-        let news = reader.read_on(style)?;
+        let news = match &mut reader {
+            Some(reader) => reader.read_on(style)?,
+            None => false,
+        };
         if let Some(status) = status
             && status.state() == cri::ContainerState::ContainerExited
         {
-            reader.finish(style)?;
+            if let Some(reader) = reader {
+                reader.finish(style)?;
+            }
             return Ok(Some(status));
         }
         pause = if news { POLL.0 } else { (pause * 2).min(POLL.1) };

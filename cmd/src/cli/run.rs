@@ -11,17 +11,20 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use holdfast_protos::cri;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use holdfast_streaming::client::Session;
 
 use super::{
     Client, Hint,
     args::{Net, PullPolicy, Registry, Run},
+    attach,
     exec::exit_code,
     find,
     image::{self, Credentials},
     logs::{self, Reader, Style},
     progress::Progress,
     remove::{self, LOG_ANNOTATION, LOGS},
+    session::{self, How, Terms},
+    terminal::{self, Ends},
     text::{self, Who},
     wire,
 };
@@ -59,8 +62,8 @@ const INTERRUPTED: i32 = 130;
 
 /// `holdfast run`
 pub(super) async fn run(client: &mut Client, args: Run) -> Result<u8> {
-    if args.interactive || args.tty {
-        bail!("run -i and -t need streaming, which is not built yet; without them, run works");
+    if args.tty && !args.detach {
+        terminal::require(args.interactive)?;
     }
     if args.net == Net::Host && !args.publish.is_empty() {
         bail!(
@@ -112,9 +115,16 @@ pub(super) async fn run(client: &mut Client, args: Run) -> Result<u8> {
                 });
             }
         };
-    let started = start(client, &mut interrupts, &pod, pod_config, container_config).await;
-    let container = match started {
-        Ok(Some(container)) => container,
+    // Whoever prints the log needs no session; who types, or has a terminal, does.
+    let terms = (!args.detach && (args.interactive || args.tty)).then(|| Terms {
+        tty: args.tty,
+        stdin: args.interactive,
+        keys: args.detach_keys.clone(),
+    });
+    let started =
+        start(client, &mut interrupts, &pod, pod_config, container_config, terms.as_ref()).await;
+    let (container, session) = match started {
+        Ok(Some(started)) => started,
         Ok(None) => {
             undo(client, &pod, &logs).await?;
             return Ok(exit_code(INTERRUPTED));
@@ -128,7 +138,24 @@ pub(super) async fn run(client: &mut Client, args: Run) -> Result<u8> {
         return Ok(0);
     }
 
-    let followed = follow(client, &mut interrupts, &container, &logs).await;
+    let followed = match session.zip(terms) {
+        Some((session, terms)) => {
+            match join(client, &mut interrupts, &container, session, &terms).await {
+                Ok(Joined::Detached) => {
+                    attach::note_detached(&name);
+                    return Ok(0);
+                }
+                Ok(Joined::Exited(status)) => Ok(status),
+                // Nothing of ours is wrong with it, and nothing can be done without the daemon.
+                Err(error) if session::is_lost(&error) => return Err(attach::lost(error, &name)),
+                Err(error) => Err(error),
+            }
+        }
+        None => {
+            let reader = Reader::absent(&logs.path.join(LOG));
+            follow(client, &mut interrupts, &container, Some(reader)).await
+        }
+    };
     // Also when following ended with an error (stdout is gone): nobody is left to stop it.
     let ended = if args.rm {
         undo(client, &pod, &logs).await
@@ -147,14 +174,15 @@ pub(super) async fn run(client: &mut Client, args: Run) -> Result<u8> {
     Ok(exit_code(status.exit_code))
 }
 
-/// Creates and starts the container. `None`: Ctrl-C.
+/// Creates and starts the container, and attaches to it before, if that is wanted. `None`: Ctrl-C.
 async fn start(
     client: &Client,
     interrupts: &mut Interrupts,
     pod: &str,
     pod_config: cri::PodSandboxConfig,
     config: cri::ContainerConfig,
-) -> Result<Option<String>> {
+    terms: Option<&Terms>,
+) -> Result<Option<(String, Option<Session>)>> {
     let mut runtime = client.runtime.clone();
     if interrupts.seen {
         return Ok(None);
@@ -169,36 +197,84 @@ async fn start(
     if interrupts.seen {
         return Ok(None);
     }
+    let session = match terms {
+        Some(terms) => {
+            let opened = async {
+                let url = attach::url(client, &id, terms).await?;
+                session::open(client, &url).await
+            };
+            Some(interrupts.defer(opened).await.context("attach to the container")?)
+        }
+        None => None,
+    };
+    if interrupts.seen {
+        return Ok(None);
+    }
     let start = cri::StartContainerRequest { container_id: id.clone() };
     let started = interrupts.defer(client.slow(runtime.start_container(start))).await;
     started.context("start the container")?;
-    Ok((!interrupts.seen).then_some(id))
+    Ok((!interrupts.seen).then_some((id, session)))
 }
 
-/// Prints the log until the container has exited; Ctrl-C stops it.
+enum Joined {
+    /// The container's status, if it has not been removed.
+    Exited(Option<cri::ContainerStatus>),
+    Detached,
+}
+
+/// Joins our terminal, or pipes, to the container until it has exited. A signal stops it.
+async fn join(
+    client: &Client,
+    interrupts: &mut Interrupts,
+    container: &str,
+    session: Session,
+    terms: &Terms,
+) -> Result<Joined> {
+    let signal = async {
+        interrupts.next().await;
+        // The number is not asked for: the container is stopped, whichever it was.
+        0
+    };
+    match session::join(session, terms, signal).await? {
+        How::Detached => Ok(Joined::Detached),
+        How::Signal(_) => {
+            stop(client, interrupts, container).await?;
+            let status = logs::follow(client, container, None, Style::default()).await?;
+            Ok(Joined::Exited(status))
+        }
+        // Its output has ended; it may run on for a while.
+        How::Ended(_) => follow(client, interrupts, container, None).await.map(Joined::Exited),
+    }
+}
+
+/// Prints the log, if there is one to print, until the container has exited; Ctrl-C stops it.
 async fn follow(
     client: &Client,
     interrupts: &mut Interrupts,
     container: &str,
-    logs: &LogDirectory,
+    reader: Option<Reader>,
 ) -> Result<Option<cri::ContainerStatus>> {
-    let reader = Reader::absent(&logs.path.join(LOG));
     let mut follow = pin!(logs::follow(client, container, reader, Style::default()));
     tokio::select! {
         biased; // An exit that is known comes before an interrupt.
         result = &mut follow => return result,
         () = interrupts.next() => {}
     }
+    stop(client, interrupts, container).await?;
+    follow.await
+}
+
+/// Stops the container; Ctrl-C kills it.
+async fn stop(client: &Client, interrupts: &mut Interrupts, container: &str) -> Result<()> {
     let mut stop = pin!(remove::stop_container(client, container, GRACE));
     tokio::select! {
         biased;
-        stopped = &mut stop => stopped?,
+        stopped = &mut stop => stopped,
         () = interrupts.next() => {
             // Do not wait for its grace.
-            remove::stop_container(client, container, 0).await?;
+            remove::stop_container(client, container, 0).await
         }
     }
-    follow.await
 }
 
 async fn undo(client: &Client, pod: &str, logs: &LogDirectory) -> Result<()> {
@@ -348,6 +424,11 @@ fn container_config(args: &Run, name: &str, image: String) -> cri::ContainerConf
         mounts: mounts.collect(),
         labels: args.label.iter().cloned().collect(),
         log_path: LOG.to_owned(),
+        stdin: args.interactive,
+        // A pipe's end is the end of the container's input. A terminal has none, and who detaches from
+        // it comes back.
+        stdin_once: args.interactive && !args.tty && !args.detach,
+        tty: args.tty,
         linux: Some(cri::LinuxContainerConfig {
             resources: Some(resources),
             security_context: Some(security),
@@ -385,28 +466,20 @@ impl LogDirectory {
     }
 }
 
-/// SIGINT and SIGTERM, once a pod exists that must be undone.
+/// The signals that ask to end, once a pod exists that must be undone.
 struct Interrupts {
-    int: Signal,
-    term: Signal,
+    ends: Ends,
     /// One came while something was under way.
     seen: bool,
 }
 
 impl Interrupts {
     fn new() -> Result<Self> {
-        Ok(Self {
-            int: signal(SignalKind::interrupt()).context("catch SIGINT")?,
-            term: signal(SignalKind::terminate()).context("catch SIGTERM")?,
-            seen: false,
-        })
+        Ok(Self { ends: Ends::catch()?, seen: false })
     }
 
     async fn next(&mut self) {
-        tokio::select! {
-            _ = self.int.recv() => {}
-            _ = self.term.recv() => {}
-        }
+        self.ends.next().await;
         self.seen = true;
     }
 
@@ -478,6 +551,19 @@ mod tests {
         let image = config.image.unwrap();
         assert_eq!((&*image.image, &*image.user_specified_image), ("sha256:aa", "busybox"));
         assert_eq!(config.labels["k"], "v");
+        assert!(!config.tty && !config.stdin && !config.stdin_once);
+    }
+
+    #[test]
+    fn the_end_of_a_pipe_is_the_end_of_stdin_and_that_of_a_terminal_is_not() {
+        let config = |line: &str| {
+            let config = container_config(&args(line), "web", "sha256:aa".into());
+            (config.tty, config.stdin, config.stdin_once)
+        };
+        assert_eq!(config("-i x"), (false, true, true));
+        assert_eq!(config("-it x"), (true, true, false));
+        assert_eq!(config("-t x"), (true, false, false));
+        assert_eq!(config("-di x"), (false, true, false));
     }
 
     #[test]

@@ -2,7 +2,12 @@
 //!
 //! Each error says what is allowed, by example.
 
-use std::{env, net::IpAddr, path::PathBuf, time::Duration};
+use std::{
+    env,
+    net::{IpAddr, Ipv4Addr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use holdfast_protos::cri;
 
@@ -201,6 +206,39 @@ pub(super) fn parse_port(text: &str) -> Result<Port, String> {
     Ok(Port { host_ip, host: port(host)?, container: port(container)?, protocol })
 }
 
+/// A port of this node that leads to one of a pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Forward {
+    pub(super) address: IpAddr,
+    /// 0: any that is free.
+    pub(super) local: u16,
+    pub(super) remote: u16,
+}
+
+/// `[ADDRESS:]LOCAL:REMOTE`, or `PORT` for the same at both ends.
+pub(super) fn parse_forward(text: &str) -> Result<Forward, String> {
+    let rule = || {
+        "it must be LOCAL:REMOTE, as in 8080:80, 0:80, 0.0.0.0:8080:80 or [::1]:8080:80".to_owned()
+    };
+    let port = |text: &str| match text.parse::<u16>() {
+        Ok(port @ 1..) => Ok(port),
+        _ => Err(format!("{text:?} is no port; a port is a number from 1 to 65535")),
+    };
+    let Some((rest, remote)) = text.rsplit_once(':') else {
+        let port = port(text)?;
+        return Ok(Forward { address: Ipv4Addr::LOCALHOST.into(), local: port, remote: port });
+    };
+    let (address, local) = match rest.rsplit_once(':') {
+        Some((ip, local)) => {
+            let ip = ip.strip_prefix('[').and_then(|ip| ip.strip_suffix(']')).unwrap_or(ip);
+            (ip.parse().map_err(|_| rule())?, local)
+        }
+        None => (Ipv4Addr::LOCALHOST.into(), rest),
+    };
+    let local = if local == "0" { 0 } else { port(local)? };
+    Ok(Forward { address, local, remote: port(remote)? })
+}
+
 /// Who a container runs as.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct User {
@@ -308,6 +346,23 @@ mod tests {
         assert_eq!(parse_port("[::1]:53:53/sctp"), port("::1", 53, 53, cri::Protocol::Sctp));
         for bad in ["80", "0:80", "80:0", "80:70000", "a:80", "1.2.3:80:80", "80:80/quic", "::80"] {
             assert!(parse_port(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn forwarded_ports_have_a_local_and_a_remote_end() {
+        let forward = |address: &str, local, remote| {
+            Ok(Forward { address: address.parse().unwrap(), local, remote })
+        };
+        assert_eq!(parse_forward("80"), forward("127.0.0.1", 80, 80));
+        assert_eq!(parse_forward("8080:80"), forward("127.0.0.1", 8080, 80));
+        assert_eq!(parse_forward("0:80"), forward("127.0.0.1", 0, 80));
+        assert_eq!(parse_forward("0.0.0.0:1:2"), forward("0.0.0.0", 1, 2));
+        assert_eq!(parse_forward("[::1]:0:2"), forward("::1", 0, 2));
+        for bad in
+            ["", "0", "80:0", ":80", "80:", "a:80", "70000:80", "1.2.3:80:80", "::80", "80:80/udp"]
+        {
+            assert!(parse_forward(bad).is_err(), "{bad}");
         }
     }
 

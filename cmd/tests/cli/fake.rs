@@ -53,6 +53,9 @@ pub(crate) struct State {
     /// RunPodSandbox makes the pod and does not answer.
     pub(crate) mute: bool,
     pub(crate) has_admin: bool,
+    /// What makes the URLs of Exec, Attach and PortForward.
+    pub(crate) streaming: Option<Arc<holdfast_streaming::Server>>,
+    pub(crate) container_info: String,
 }
 
 /// The server.
@@ -220,7 +223,7 @@ impl RuntimeService for Fake {
         let status = status.ok_or_else(|| Status::not_found("no such container"))?;
         Ok(Response::new(cri::ContainerStatusResponse {
             status: Some(status),
-            info: HashMap::new(),
+            info: [("info".to_owned(), state.container_info.clone())].into(),
         }))
     }
 
@@ -348,6 +351,48 @@ impl RuntimeService for Fake {
         Ok(Response::new(state.exec.clone()))
     }
 
+    async fn exec(&self, request: Request<cri::ExecRequest>) -> Answer<cri::ExecResponse> {
+        let request = request.into_inner();
+        let state = self.call("Exec", &request.cmd.join(" "))?;
+        let url = state.streaming.as_ref().unwrap().exec_url(holdfast_streaming::ExecRequest {
+            container: request.container_id,
+            command: request.cmd,
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        });
+        Ok(Response::new(cri::ExecResponse { url: url.unwrap() }))
+    }
+
+    async fn attach(&self, request: Request<cri::AttachRequest>) -> Answer<cri::AttachResponse> {
+        let request = request.into_inner();
+        let state = self.call("Attach", "")?;
+        let url = state.streaming.as_ref().unwrap().attach_url(holdfast_streaming::AttachRequest {
+            container: request.container_id,
+            tty: request.tty,
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+        });
+        Ok(Response::new(cri::AttachResponse { url: url.unwrap() }))
+    }
+
+    async fn port_forward(
+        &self,
+        request: Request<cri::PortForwardRequest>,
+    ) -> Answer<cri::PortForwardResponse> {
+        let request = request.into_inner();
+        let state = self.call("PortForward", "")?;
+        let url = state.streaming.as_ref().unwrap().port_forward_url(
+            holdfast_streaming::PortForwardRequest {
+                pod: request.pod_sandbox_id,
+                ports: request.port.into_iter().map(|port| port as u16).collect(),
+            },
+        );
+        Ok(Response::new(cri::PortForwardResponse { url: url.unwrap() }))
+    }
+
     async fn list_container_stats(
         &self,
         _: Request<cri::ListContainerStatsRequest>,
@@ -367,9 +412,6 @@ impl RuntimeService for Fake {
         update_container_resources(UpdateContainerResourcesRequest)
             -> cri::UpdateContainerResourcesResponse;
         reopen_container_log(ReopenContainerLogRequest) -> cri::ReopenContainerLogResponse;
-        exec(ExecRequest) -> cri::ExecResponse;
-        attach(AttachRequest) -> cri::AttachResponse;
-        port_forward(PortForwardRequest) -> cri::PortForwardResponse;
         container_stats(ContainerStatsRequest) -> cri::ContainerStatsResponse;
         pod_sandbox_stats(PodSandboxStatsRequest) -> cri::PodSandboxStatsResponse;
         list_pod_sandbox_stats(ListPodSandboxStatsRequest) -> cri::ListPodSandboxStatsResponse;

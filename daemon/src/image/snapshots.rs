@@ -310,8 +310,8 @@ impl Snapshot {
 
     /// The layer that says what the root directory is like.
     fn root_layer(&self) -> Option<&Arc<Layer>> {
-        let layers = self.layers.as_ref()?;
-        layers.iter().rev().find(|layer| layer.record.root_listed)
+        let mut layers = self.layers.iter().flat_map(|layers| layers.iter().rev());
+        layers.find(|layer| layer.record.root_listed)
     }
 
     /// Gives the root directory to whom the mapping makes of its owner: the writable layer is not
@@ -337,10 +337,9 @@ impl Snapshot {
     /// The same. With `owners` the image's files are those of a user namespace; it must be the same
     /// each time.
     pub fn mount_for(&self, readonly: bool, owners: Option<&Owners>) -> Result<Mounted, Error> {
-        let layers = self.layers.as_ref().ok_or_else(|| {
-            let gone =
-                io::Error::new(io::ErrorKind::NotFound, "a layer of it is gone from the disk");
-            Error::Mount { path: self.upper.clone(), source: gone }
+        let layers = self.layers.as_ref().ok_or_else(|| Error::Mount {
+            path: self.upper.clone(),
+            source: io::Error::new(io::ErrorKind::NotFound, "a layer of it is gone from the disk"),
         })?;
         let mut lowers = layers::lowers(layers);
         if lowers.is_empty() {
@@ -427,5 +426,25 @@ impl Mounted {
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
         rustix::mount::move_mount(&self.fd, "", CWD, target, flags)
             .map_err(|e| Error::Attach { target: target.to_owned(), source: e.into() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn owners_are_found_in_their_ranges() {
+        let range = |container_id, host_id, length| IdMapping { host_id, container_id, length };
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("namespace");
+        std::fs::write(&file, "").unwrap();
+        let uids = [range(0, 1000, 10), range(100, u32::MAX - 1, 2)];
+        let owners = Owners::open(&file, &uids, &[range(0, 7, 1)]).unwrap();
+        assert_eq!(owners.on_node(0, 0), (Some(1000), Some(7)));
+        assert_eq!(owners.on_node(9, 1), (Some(1009), None));
+        assert_eq!(owners.on_node(10, 0), (None, Some(7)));
+        assert_eq!(owners.on_node(101, 0), (Some(u32::MAX), Some(7)));
+        assert_eq!(owners.on_node(99, u32::MAX), (None, None));
     }
 }
