@@ -50,6 +50,7 @@ pub struct Builder {
     default_runtime: String,
     gated_runtime: bool,
     gated_cni: bool,
+    log_level: String,
     config: String,
     runtime_config: String,
     network_config: String,
@@ -64,6 +65,7 @@ impl Default for Builder {
             default_runtime: "runc".into(),
             gated_runtime: false,
             gated_cni: false,
+            log_level: "info,holdfast_daemon=debug,holdfast_shim=debug".into(),
             config: String::new(),
             runtime_config: String::new(),
             network_config: String::new(),
@@ -92,6 +94,11 @@ impl Builder {
     /// Puts a script before the bridge plugin that can be told to hang or fail.
     pub fn gated_cni(mut self) -> Self {
         self.gated_cni = true;
+        self
+    }
+    /// What the daemon logs, instead of almost everything.
+    pub fn log_level(mut self, level: &str) -> Self {
+        self.log_level = level.into();
         self
     }
     /// More of the configuration file: whole tables.
@@ -356,19 +363,29 @@ impl Node {
         Ok(())
     }
 
+    /// Starts the daemon's process, which must not run, and does not wait for it.
+    ///
+    /// # Errors
+    /// It runs already, or cannot be run.
+    pub fn spawn(&mut self) -> Result<()> {
+        ensure!(self.daemon.is_none(), "the daemon runs already");
+        self.daemon = Some(Process::spawn(
+            &self.binaries.daemon,
+            &["--config".as_ref(), self.config.as_os_str()],
+            &self.env,
+            &self.ground.path().join("daemon.log"),
+        )?);
+        Ok(())
+    }
+
     /// Starts the daemon, which must not run, and waits until it serves; the time that took.
     ///
     /// # Errors
     /// It ends, or does not answer in time: the error has the end of its log.
     pub async fn restart(&mut self) -> Result<Duration> {
-        ensure!(self.daemon.is_none(), "the daemon runs already");
         let started = Instant::now();
-        let mut daemon = Process::spawn(
-            &self.binaries.daemon,
-            &["--config".as_ref(), self.config.as_os_str()],
-            &self.env,
-            &self.ground.path().join("daemon.log"),
-        )?;
+        self.spawn()?;
+        let mut daemon = self.daemon.take().context("just started")?;
         let probe = self.cri.deadline(Duration::from_secs(5));
         let ready = eventually(READY, "the daemon to be ready", async || {
             if let Some(status) = daemon.try_wait()? {
@@ -518,7 +535,11 @@ pub fn image_spec(reference: &str) -> cri::ImageSpec {
     cri::ImageSpec { image: reference.into(), ..Default::default() }
 }
 
-fn write_network(ground: &Ground, cni: Cni) -> Result<()> {
+/// Writes a network configuration into the directory `net.d` of a ground.
+///
+/// # Errors
+/// It cannot be written.
+pub fn write_network(ground: &Ground, cni: Cni) -> Result<()> {
     let dir = ground.path().join("net.d");
     fs::create_dir_all(&dir)?;
     let mut ranges = vec![json!([{"subnet": ground.subnet4()}])];
@@ -573,7 +594,7 @@ fn write_config(
          [network]\nconf_dir = {conf:?}\nbin_dirs = [{bin:?}, \"/opt/cni/bin\", \"/usr/lib/cni\"]\n{network}\n\
          [images]\nhosts_dir = {hosts:?}\n{images}\n\
          [nri]\nsocket = {nri:?}\nplugin_dir = {plugins:?}\nconf_dir = {plugin_conf:?}\n\n\
-         [log]\nlevel = \"info,holdfast_daemon=debug,holdfast_shim=debug\"\n\n\
+         [log]\nlevel = {level:?}\n\n\
          [runtime]\ndefault = {default:?}\nshim = {shim:?}\ncgroup_driver = \"cgroupfs\"\n{more}",
         root = at("root"),
         state = at("state"),
@@ -589,6 +610,7 @@ fn write_config(
         network = node.network_config,
         images = node.images_config,
         more = node.runtime_config,
+        level = node.log_level,
     );
     for (name, path) in handlers {
         let _ = write!(text, "\n[runtime.handlers.{name}]\npath = {path:?}\n");

@@ -161,6 +161,15 @@ impl Remote {
         Ok(())
     }
 
+    /// GETs a path; the body.
+    ///
+    /// # Errors
+    /// Another status than success.
+    pub async fn get(&self, path: &str) -> Result<Bytes> {
+        let response = self.request(Method::GET, path, &[], Bytes::new()).await?;
+        Ok(response.into_body().collect().await?.to_bytes())
+    }
+
     /// Pushes an image under `name` ("repository:tag"); its reference for pulling.
     ///
     /// # Errors

@@ -14,7 +14,7 @@ use holdfast_integration::{
     ground::{Ground, Process, is_zombie, mountinfo},
     hugetlb::{self, Hugetlb},
     leaks::Inventory,
-    registry::{Answer, Scripted},
+    registry::{Answer, Remote, Scripted},
 };
 use nix::mount::{MsFlags, mount};
 
@@ -26,11 +26,9 @@ async fn an_image_is_pushed_to_a_real_registry_and_reads_are_counted() -> Result
     assert_eq!(reference, format!("{}/test/busybox:1", registry.host()));
     let path = format!("/v2/test/busybox/blobs/{}", image.layers[0].digest);
     assert_eq!(registry.gets(&path).await?, 0);
+    let remote = Remote::new(registry.host());
     for _ in 0..2 {
-        let output = Command::new("curl")
-            .args(["-sf", &format!("http://{}{path}", registry.host())])
-            .output()?;
-        assert!(output.stdout == image.layers[0].content);
+        assert!(remote.get(&path).await? == image.layers[0].content);
     }
     assert_eq!(registry.gets(&path).await?, 2, "{}", registry.log());
     Ok(())
@@ -40,12 +38,10 @@ async fn an_image_is_pushed_to_a_real_registry_and_reads_are_counted() -> Result
 async fn a_scripted_registry_answers_by_its_table() -> Result<()> {
     let registry = Scripted::start().await?;
     registry.answer("/v2/a/manifests/1", Answer::Spaces("text/plain".into(), 100_000_000));
-    let curl = |path: &str| {
-        Command::new("curl").args(["-s", &format!("http://{}{path}", registry.host())]).output()
-    };
-    let curl = |path: &str| tokio::task::block_in_place(|| curl(path));
-    assert_eq!(curl("/v2/a/manifests/1")?.stdout.len(), 100_000_000);
-    assert!(String::from_utf8_lossy(&curl("/v2/nothing")?.stdout).contains("NAME_UNKNOWN"));
+    let remote = Remote::new(&registry.host());
+    assert_eq!(remote.get("/v2/a/manifests/1").await?.len(), 100_000_000);
+    let error = remote.get("/v2/nothing").await.unwrap_err().to_string();
+    assert!(error.contains("404") && error.contains("NAME_UNKNOWN"), "{error}");
     assert_eq!(registry.requests().len(), 2);
     Ok(())
 }
