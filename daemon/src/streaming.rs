@@ -110,8 +110,7 @@ impl Backend for Sessions {
     }
 
     async fn attach(&self, request: AttachRequest, streams: Streams) -> Result<(), String> {
-        let (pod, container) =
-            self.0.find_attachable(&request.container).map_err(|e| chain(&e))?;
+        let (pod, container) = self.0.find_attachable(&request.container).map_err(|e| chain(&e))?;
         let bundle = self.0.services().shims.pod_bundle(pod.id());
         let attach = Attach {
             stdin: request.stdin && container.record.config.stdin,

@@ -344,7 +344,7 @@ async fn swap_and_processes_are_limited(runtime: &str) -> Result<()> {
     assert_eq!(swap, if version_1() { "50331648" } else { "16777216" });
     assert_eq!(cgroup(&node, &container, "pids.max", "pids.max")?, "20");
     let text = container.sh("(for i in $(seq 30); do sleep 5 & done) 2>&1; true").await;
-    let text = text.map_or_else(|error| format!("{error:#}"), |text| text);
+    let text = text.unwrap_or_else(|error| format!("{error:#}"));
     ensure!(text.contains("fork"), "30 processes fit into 20: {text}");
     node.finish().await
 }

@@ -145,7 +145,7 @@ pub(super) async fn run(client: &mut Client, args: Run) -> Result<u8> {
                     attach::note_detached(&name);
                     return Ok(0);
                 }
-                Ok(Joined::Exited(status)) => Ok(status),
+                Ok(Joined::Exited(Box::new(status))) => Ok(*status),
                 // Nothing of ours is wrong with it, and nothing can be done without the daemon.
                 Err(error) if session::is_lost(&error) => return Err(attach::lost(error, &name)),
                 Err(error) => Err(error),
@@ -218,7 +218,7 @@ async fn start(
 
 enum Joined {
     /// The container's status, if it has not been removed.
-    Exited(Option<cri::ContainerStatus>),
+    Exited(Box<Option<cri::ContainerStatus>>),
     Detached,
 }
 
@@ -240,10 +240,12 @@ async fn join(
         How::Signal(_) => {
             stop(client, interrupts, container).await?;
             let status = logs::follow(client, container, None, Style::default()).await?;
-            Ok(Joined::Exited(status))
+            Ok(Joined::Exited(Box::new(status)))
         }
         // Its output has ended; it may run on for a while.
-        How::Ended(_) => follow(client, interrupts, container, None).await.map(Joined::Exited),
+        How::Ended(_) => follow(client, interrupts, container, None)
+            .await
+            .map(|status| Joined::Exited(Box::new(status))),
     }
 }
 
