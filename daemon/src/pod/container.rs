@@ -11,7 +11,7 @@ use std::{
 use holdfast_shim::{
     bundle::{Bundle, Namespace},
     cgroup::Cgroup,
-    client::{Client, CreateTask, ErrorKind},
+    client::{Client, CreateTask, ErrorKind, TaskStatus},
 };
 use tracing::warn;
 
@@ -327,9 +327,17 @@ pub(super) async fn start(pod: Pod, id: ContainerId) -> Result<Effect, Error> {
     let client = pod.client().await?;
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
-    let started = client.start(id.as_str(), "").await;
-    started.map_err(|source| Error::Task { what: "start", id: id.clone(), source })?;
+    match client.start(id.as_str(), "").await {
+        Ok(_) => {}
+        // A daemon that was killed had it started, and could not say so.
+        Err(error) if error.kind() == ErrorKind::Precondition && runs(&client, &id).await => {}
+        Err(source) => return Err(Error::Task { what: "start", id, source }),
+    }
     Ok(Effect::Started { id, at })
+}
+
+async fn runs(client: &Client, id: &ContainerId) -> bool {
+    client.state(id.as_str(), "").await.is_ok_and(|state| state.status == TaskStatus::Running)
 }
 
 /// The exit code of a container whose start was refused: as a shell has it for what the runtime

@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use super::{
     Error, Pods, Services,
     run::{remove_dir, unmount},
-    state::{Exit, PodState},
+    state::{ContainerState, Exit, PodState},
     task::{Command, Effect},
 };
 use crate::{
@@ -186,7 +186,9 @@ pub(super) async fn reach(
     while let Some(endpoint) = &record.endpoint {
         match services.shims.connect(endpoint).await {
             Ok(client) => match look(&services, &client, &live).await {
-                Ok(exits) => return Ok(Effect::Linked { client, exits }),
+                Ok(Missed { started, exits }) => {
+                    return Ok(Effect::Linked { client, started, exits });
+                }
                 Err(error) => warn!(error = %chain(&error), "the shim did not say all"),
             },
             Err(error) if is_dead(&services, &record.id) => {
@@ -203,18 +205,32 @@ pub(super) async fn reach(
     Ok(Effect::Dead { exits })
 }
 
+/// What happened while nobody listened.
+#[derive(Default)]
+struct Missed {
+    /// Running, and on record as created: the daemon that had them started was killed before it knew.
+    started: Vec<ContainerId>,
+    exits: Vec<Seen>,
+}
+
 /// What the shim knows of each container that we do not.
 async fn look(
     services: &Services,
     client: &Client,
     live: &[ContainerRecord],
-) -> Result<Vec<Seen>, holdfast_shim::client::Error> {
-    let mut exits = Vec::new();
+) -> Result<Missed, holdfast_shim::client::Error> {
+    let mut missed = Missed::default();
     for container in live.iter().filter(|c| !c.state.is_exited()) {
         let id = &container.id;
         let exited = match client.state(id.as_str(), "").await {
             Ok(state) if state.status == TaskStatus::Stopped => state.exit,
-            Ok(_) => continue,
+            Ok(state) => {
+                let created = matches!(container.state, ContainerState::Created { .. });
+                if created && state.status == TaskStatus::Running {
+                    missed.started.push(id.clone());
+                }
+                continue;
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(error),
         };
@@ -224,9 +240,9 @@ async fn look(
             (None, Some(exited)) => (exited.at, Exit::from_status(exited.status, false)),
             (None, None) => (SystemTime::now(), Exit::Lost),
         };
-        exits.push(Seen { id: id.clone(), at, how });
+        missed.exits.push(Seen { id: id.clone(), at, how });
     }
-    Ok(exits)
+    Ok(missed)
 }
 
 /// Proof that a pod's shim is dead: the process of its pid file is gone, or is somebody else.

@@ -153,7 +153,7 @@ pub(super) enum Effect {
     Updated { id: ContainerId, resources: Box<Resources> },
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     Reaped,
-    Linked { client: Client, exits: Vec<recover::Seen> },
+    Linked { client: Client, started: Vec<ContainerId>, exits: Vec<recover::Seen> },
     Dead { exits: Vec<recover::Seen> },
     Closed,
 }
@@ -605,8 +605,11 @@ impl Owner {
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
             Effect::Reaped => {}
-            Effect::Linked { client, exits } => {
+            Effect::Linked { client, started, exits } => {
                 self.connected(client);
+                for id in started {
+                    self.change(&id, Change::Started { at: SystemTime::now() }).await?;
+                }
                 for seen in exits {
                     self.exited(&seen.id, seen.at, seen.how).await;
                 }
