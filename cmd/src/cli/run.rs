@@ -145,7 +145,7 @@ pub(super) async fn run(client: &mut Client, args: Run) -> Result<u8> {
                     attach::note_detached(&name);
                     return Ok(0);
                 }
-                Ok(Joined::Exited(Box::new(status))) => Ok(*status),
+                Ok(Joined::Exited(status)) => Ok(*status),
                 // Nothing of ours is wrong with it, and nothing can be done without the daemon.
                 Err(error) if session::is_lost(&error) => return Err(attach::lost(error, &name)),
                 Err(error) => Err(error),
