@@ -51,7 +51,7 @@ TEST_BIN   := $(TARGET_DIR)/test-bin
 # What Debian has of the things that are run: the OCI runtimes, the CNI plugins and what they call,
 # a registry, and the content of test images.
 PACKAGES   := runc crun containernetworking-plugins iproute2 iptables nftables docker-registry \
-              busybox-static ca-certificates gcc libc6-dev
+              busybox-static python3 ca-certificates gcc libc6-dev
 
 ##@ Building
 .PHONY: build

@@ -15,7 +15,7 @@
 //!                        pipe.rs: client -> backend, bounded; outbound.rs: backend -> client, bounded
 //! ```
 //!
-//! Memory: what a peer sends waits in a [`pipe`](mod@pipe) of fixed size, and while that is full nothing more
+//! Memory: what a peer sends waits in a pipe of fixed size, and while that is full nothing more
 //! is read from its connection; what we send waits in a queue of a few frames. A session thus costs
 //! a bounded amount whatever its peer does, and its peer can stall or break that session only.
 //!

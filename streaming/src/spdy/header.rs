@@ -1,7 +1,7 @@
 //! SPDY/3 header blocks: zlib with a preset dictionary, one stream for the whole connection.
 //!
 //! Ours carry no headers (no client looks for any in a reply), so they are written as stored blocks: a
-//! valid zlib stream that needs no compressor, which would be 270 KB for each session.
+//! valid zlib stream that needs no compressor, which would be 256 KiB for each session (zlib's formula).
 
 use std::sync::LazyLock;
 
