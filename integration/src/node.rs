@@ -356,19 +356,29 @@ impl Node {
         Ok(())
     }
 
+    /// Starts the daemon, which must not run, and waits for nothing.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn launch(&mut self) -> Result<()> {
+        ensure!(self.daemon.is_none(), "the daemon runs already");
+        self.daemon = Some(Process::spawn(
+            &self.binaries.daemon,
+            &["--config".as_ref(), self.config.as_os_str()],
+            &self.env,
+            &self.ground.path().join("daemon.log"),
+        )?);
+        Ok(())
+    }
+
     /// Starts the daemon, which must not run, and waits until it serves; the time that took.
     ///
     /// # Errors
     /// It ends, or does not answer in time: the error has the end of its log.
     pub async fn restart(&mut self) -> Result<Duration> {
-        ensure!(self.daemon.is_none(), "the daemon runs already");
         let started = Instant::now();
-        let mut daemon = Process::spawn(
-            &self.binaries.daemon,
-            &["--config".as_ref(), self.config.as_os_str()],
-            &self.env,
-            &self.ground.path().join("daemon.log"),
-        )?;
+        self.launch()?;
+        let mut daemon = self.daemon.take().context("just launched")?;
         let probe = self.cri.deadline(Duration::from_secs(5));
         let ready = eventually(READY, "the daemon to be ready", async || {
             if let Some(status) = daemon.try_wait()? {
@@ -518,7 +528,11 @@ pub fn image_spec(reference: &str) -> cri::ImageSpec {
     cri::ImageSpec { image: reference.into(), ..Default::default() }
 }
 
-fn write_network(ground: &Ground, cni: Cni) -> Result<()> {
+/// Writes the CNI configuration of a ground's network to its `net.d`.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_network(ground: &Ground, cni: Cni) -> Result<()> {
     let dir = ground.path().join("net.d");
     fs::create_dir_all(&dir)?;
     let mut ranges = vec![json!([{"subnet": ground.subnet4()}])];
