@@ -28,6 +28,7 @@
 //! Binaries under test come from the directory `HOLDFAST_BIN_DIR`, which `make test` fills; without it
 //! the harness runs `make test-bins` once ([`binaries`]).
 
+pub mod bench;
 pub mod binaries;
 pub mod cri;
 pub mod fake;

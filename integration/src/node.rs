@@ -363,11 +363,11 @@ impl Node {
         Ok(())
     }
 
-    /// Starts the daemon's process, which must not run, and does not wait for it.
+    /// Starts the daemon, which must not run, and waits for nothing.
     ///
     /// # Errors
-    /// It runs already, or cannot be run.
-    pub fn spawn(&mut self) -> Result<()> {
+    /// It cannot be started.
+    pub fn launch(&mut self) -> Result<()> {
         ensure!(self.daemon.is_none(), "the daemon runs already");
         self.daemon = Some(Process::spawn(
             &self.binaries.daemon,
@@ -384,8 +384,8 @@ impl Node {
     /// It ends, or does not answer in time: the error has the end of its log.
     pub async fn restart(&mut self) -> Result<Duration> {
         let started = Instant::now();
-        self.spawn()?;
-        let mut daemon = self.daemon.take().context("just started")?;
+        self.launch()?;
+        let mut daemon = self.daemon.take().context("just launched")?;
         let probe = self.cri.deadline(Duration::from_secs(5));
         let ready = eventually(READY, "the daemon to be ready", async || {
             if let Some(status) = daemon.try_wait()? {
