@@ -118,6 +118,8 @@ class Spdy:
             # Whatever Python's zlib makes of it: no headers.
             block = self.inflate.decompress(body[4:])
             assert block == b"\0\0\0\0", block
+            # Python's zlib can do without, but Go's (all of Kubernetes' clients) cannot.
+            assert body.endswith(b"\0\0\xff\xff"), "no sync flush at the end of the block"
             self.replied.append(stream)
         elif kind == RST_STREAM:
             self.resets[stream] = struct.unpack(">I", body[4:])[0]

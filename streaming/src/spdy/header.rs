@@ -10,6 +10,8 @@ use flate2::{Decompress, FlushDecompress};
 
 /// The most that a block may inflate to.
 pub(crate) const MAX_HEADERS: usize = 64 * 1024;
+/// The empty stored block at the end of what a deflate encoder flushes.
+const SYNC: [u8; 5] = [0, 0, 0, 0xff, 0xff];
 /// Adler-32 of the dictionary, by which a zlib stream asks for it.
 pub(crate) const DICTIONARY_ID: u32 = 0xe3c6_a7c2;
 
@@ -210,11 +212,11 @@ impl EmptyBlocks {
             block.put_slice(&[0x78, 0x20]);
             block.put_u32(DICTIONARY_ID);
         }
-        // Deflate: a stored block, not the last, of four bytes (a count of 0).
+        // Deflate: a stored block, not the last, of four bytes (a count of 0) …
         block.put_slice(&[0, 4, 0, 0xfb, 0xff, 0, 0, 0, 0]);
-        // Then an empty one, as zlib's sync flush ends: Go's inflate hands out what it has when it
-        // meets that, and takes the end of input in its place for an error that stays.
-        block.put_slice(&[0, 0, 0, 0xff, 0xff]);
+        // … and an empty one, as a sync flush ends with. Go's inflate gives out what it has only there;
+        // without it Kubernetes' clients miss the reply, and the second block finds it in an error.
+        block.put_slice(&SYNC);
         block
     }
 }
@@ -321,7 +323,9 @@ mod tests {
     fn our_blocks_are_zlib() {
         let (mut blocks, mut inflater) = (EmptyBlocks::default(), Inflater::new());
         for _ in 0..3 {
-            assert_eq!(inflater.headers(&blocks.next()), Ok(Headers::default()));
+            let block = blocks.next();
+            assert_eq!(inflater.headers(&block), Ok(Headers::default()));
+            assert!(block.ends_with(&SYNC), "Go's inflate needs it");
         }
     }
 
