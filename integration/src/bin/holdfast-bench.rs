@@ -225,18 +225,21 @@ impl Containerd {
             socket = at("cri.sock"),
         );
         let cni = format!("bin_dir = \"/usr/lib/cni\"\nconf_dir = {:?}\n", at("net.d"));
-        // Its second version moved everything.
+        // Its second version moved everything. Where CAP_SYS_RESOURCE is missing, no pod of it would
+        // start without `restrict_oom_score_adj`.
         let is_new =
             version.split_whitespace().any(|word| word.trim_start_matches('v').starts_with("2."));
         let text = if is_new {
             format!(
                 "version = 3\n{head}[plugins.'io.containerd.cri.v1.images'.pinned_images]\nsandbox = {pause:?}\n\
+                 [plugins.'io.containerd.cri.v1.runtime']\nrestrict_oom_score_adj = true\n\
                  [plugins.'io.containerd.cri.v1.runtime'.cni]\n{}",
                 cni.replace("bin_dir = \"/usr/lib/cni\"", "bin_dirs = [\"/usr/lib/cni\"]")
             )
         } else {
             format!(
                 "version = 2\n{head}[plugins.'io.containerd.grpc.v1.cri']\nsandbox_image = {pause:?}\n\
+                 restrict_oom_score_adj = true\n\
                  [plugins.'io.containerd.grpc.v1.cri'.cni]\n{cni}"
             )
         };
@@ -285,7 +288,7 @@ async fn run() -> Result<()> {
     let (count, size) = LAYERS;
     let layers = Image::busybox()?.random_layers(count - 1, size).build()?;
     let layers = registry.push("bench/layers:1", &layers).await?;
-    let pause = Image::busybox()?.entrypoint(["/bin/sleep", "100000000"]).build()?;
+    let pause = Image::busybox()?.entrypoint(["/bin/sleep"]).cmd(["100000000"]).build()?;
     let pause = registry.push("bench/pause:1", &pause).await?;
 
     let mut targets =
@@ -415,6 +418,18 @@ async fn pods(
     options: &Options,
     samples: &mut Samples,
 ) -> Result<()> {
+    // A fresh daemon: what it has from the load before would hide what it grows.
+    target.kill()?;
+    target.spawn()?;
+    eventually(Duration::from_secs(30), "the daemon", async || {
+        let request = cri::ListContainersRequest::default();
+        Ok(match target.cri().runtime().list_containers(request).await {
+            Ok(_) => Look::Done(()),
+            Err(status) => Look::Not(status.to_string()),
+        })
+    })
+    .await?;
+    tokio::time::sleep(Duration::from_secs(2)).await;
     let before = pss(target.daemon_pid())?;
     for number in 0..options.pods {
         let pod = target.pod(&format!("pod{number}")).run().await?;
