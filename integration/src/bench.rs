@@ -1,6 +1,6 @@
 //! `make bench`: what a runtime costs above the programs that it must call, and beside containerd.
 //!
-//! Every runtime is a [`Side`]: a CRI socket with a bridge, a cgroup and directories of its own. All of
+//! Every runtime is a side: a CRI socket with a bridge, a cgroup and directories of its own. All of
 //! them get the same requests in turns, one round each, so that whatever else the machine does falls on
 //! all of them; the bare plugins and runc take their turn in the same rounds. Everything is measured
 //! from outside: clocks around CRI calls, and the kernel's own account of memory.

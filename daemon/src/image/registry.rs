@@ -8,7 +8,7 @@
 //! to the token service that this registry points to, and nowhere else: not to mirrors, not to
 //! where a redirect leads. Plain HTTP is spoken only where `hosts` allows it.
 //!
-//! Deadlines: an answer must begin within the stall timeout; a body must bring [`SLOWEST`] bytes a
+//! Deadlines: an answer must begin within the stall timeout; a body must bring a minimum of bytes a
 //! second over the stall timeout. The time that we do not read (unpacking is slower) is not counted.
 
 use std::{
