@@ -6,7 +6,7 @@
 //! ```no_run
 //! # use holdfast_integration::Node;
 //! # async fn story() -> anyhow::Result<()> {
-//! let node = Node::start().await?;
+//! let mut node = Node::start().await?;
 //! let image = node.busybox().await?;
 //! let pod = node.pod("a").run().await?;
 //! let container = pod.container(&image).sh("echo hello; sleep 60").start().await?;
