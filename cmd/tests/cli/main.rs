@@ -395,7 +395,7 @@ async fn run_never_pulls_when_told_so() {
     ran.fails(125, "there is no image r/new:1").fails(125, "leave out --pull never");
     assert!(node.calls().is_empty());
     node.run(&["run", "--net", "host", "-p", "1:1", "x"]).await.fails(125, "--publish needs");
-    node.run(&["run", "-it", "x"]).await.fails(125, "streaming, which is not built yet");
+    node.run(&["run", "-it", "x"]).await.fails(125, "-t needs a terminal");
 }
 
 #[tokio::test]
