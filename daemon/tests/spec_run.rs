@@ -4,6 +4,9 @@
 //! Needs root, `runc`, `crun`, `unshare` and `nsenter` (util-linux), and a static `/bin/busybox`.
 //! Makes cgroups named `holdfast-spec-test-PID` and removes them.
 
+#[path = "../../cmd/tests/shim/hybrid.rs"]
+mod hybrid;
+
 use std::{
     fs::{self, File},
     io::{IoSliceMut, Read},
@@ -610,43 +613,22 @@ fn runtimes() -> Vec<Runtime> {
 }
 
 /// The v1 hugetlb hierarchy, on hosts where v2 has the controller beside v1 hierarchies: crun
-/// refuses to run there. The mount is in a private place and goes away again, because a kubelet on
-/// the same host would take it for one of its own.
-struct Hugetlb {
-    dir: tempfile::TempDir,
-}
+/// refuses to run there. One mount and one lock serve all tests of the machine, and the last takes
+/// it away.
+struct Hugetlb(#[expect(dead_code, reason = "held")] hybrid::Hybrid);
 
 impl Hugetlb {
     fn mount() -> Option<Self> {
-        if Node::discover().unwrap().cgroup.mode != CgroupMode::Hybrid {
-            return None;
-        }
-        let _lock = lock();
-        let dir = tempfile::tempdir().unwrap();
-        nix::mount::mount(
-            Some("none"),
-            dir.path(),
-            Some("cgroup"),
-            nix::mount::MsFlags::empty(),
-            Some("hugetlb"),
-        )
-        .expect("mount the v1 hugetlb hierarchy, which crun needs on a hybrid host");
-        Some(Hugetlb { dir })
+        let hybrid = Node::discover().unwrap().cgroup.mode == CgroupMode::Hybrid;
+        hybrid.then(|| Hugetlb(hybrid::Hybrid::join(true)))
     }
 }
 
 impl Drop for Hugetlb {
     fn drop(&mut self) {
-        let _lock = lock();
-        remove_cgroups(self.dir.path());
-        nix::mount::umount(self.dir.path()).expect("unmount the hugetlb hierarchy");
+        // Before the mount may go with the lock.
+        remove_cgroups(Path::new(hybrid::MOUNT));
     }
-}
-
-/// One at a time, over all processes: mounting a hierarchy while its last mount goes away fails.
-fn lock() -> nix::fcntl::Flock<File> {
-    let file = File::create(std::env::temp_dir().join("holdfast-hugetlb.lock")).unwrap();
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusive).unwrap()
 }
 
 fn parent_cgroup() -> String {

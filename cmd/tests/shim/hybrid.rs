@@ -16,7 +16,7 @@ use nix::{
 };
 
 const LOCK: &str = "/run/lock/holdfast-test-hugetlb";
-const MOUNT: &str = "/tmp/hft.hugetlb";
+pub(crate) const MOUNT: &str = "/tmp/hft.hugetlb";
 const CONTROLLERS: &str = "/sys/fs/cgroup/unified/cgroup.controllers";
 
 pub(crate) struct Hybrid {
