@@ -43,7 +43,9 @@ impl Hugetlb {
         // Changing an exclusive lock to a shared one is not atomic: look again once it is shared.
         for _ in 0..100 {
             let exclusive = flock(FlockArg::LockExclusiveNonblock);
-            if !is_mounted() && controllers() == ["hugetlb"] {
+            // Also while somebody else's mount keeps it away: that one may go at any time.
+            let hybrid = Path::new(UNIFIED).join("cgroup.controllers").exists();
+            if hybrid && !is_mounted() && controllers().iter().all(|name| name == "hugetlb") {
                 fs::create_dir_all(MOUNT)?;
                 mount(
                     Some("cgroup"),
@@ -57,10 +59,10 @@ impl Hugetlb {
             drop(exclusive);
             let lock = flock(FlockArg::LockShared)?;
             let left = controllers();
-            if left.is_empty() {
+            if left.is_empty() && (!hybrid || is_mounted()) {
                 return Ok(Self { lock: Some(lock) });
             }
-            if left != ["hugetlb"] {
+            if left.iter().any(|name| name != "hugetlb") {
                 bail!("crun cannot run here: {UNIFIED} has the controllers {left:?}");
             }
         }

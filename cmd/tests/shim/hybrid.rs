@@ -33,13 +33,19 @@ fn controllers() -> String {
     fs::read_to_string(CONTROLLERS).unwrap_or_default().trim().to_owned()
 }
 
+fn is_mounted() -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts.lines().any(|line| line.split(' ').nth(4) == Some(MOUNT))
+}
+
 impl Hybrid {
     /// `needed`: no controller may be left on version 2.
     pub(crate) fn join(needed: bool) -> Self {
         for _ in 0..100 {
-            if needed && !controllers().is_empty() {
+            // Also while somebody else's mount keeps it away: that one may go at any time.
+            if needed && Path::new(CONTROLLERS).exists() && !is_mounted() {
                 let exclusive = lock(FlockArg::LockExclusiveNonblock);
-                if controllers() == "hugetlb" {
+                if ["", "hugetlb"].contains(&&*controllers()) {
                     fs::create_dir_all(MOUNT).unwrap();
                     // Another may be as quick; what counts is looked at below.
                     let _ = mount(
@@ -54,7 +60,8 @@ impl Hybrid {
             }
             // From exclusive to shared is two steps: look again.
             let lock = lock(FlockArg::LockShared);
-            if !needed || controllers().is_empty() {
+            let there = !Path::new(CONTROLLERS).exists() || is_mounted();
+            if !needed || there && controllers().is_empty() {
                 return Self { lock };
             }
         }

@@ -260,7 +260,12 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
     let client = match client {
         Some(client) => Some(client),
         None if matches!(*pod.link.borrow(), Link::Down) => None,
-        None => Some(pod.client().await?),
+        None => match pod.client().await {
+            Ok(client) => Some(client),
+            // Found dead while it was being reached: there is nothing to ask it.
+            Err(Error::PodNotReady(_)) => None,
+            Err(error) => return Err(error),
+        },
     };
     if client.is_some() {
         let stops = view
