@@ -24,7 +24,7 @@ mod volumes;
 use std::{
     collections::{BTreeMap, HashMap},
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, RwLock, atomic::AtomicBool},
     time::{Duration, SystemTime},
 };
@@ -134,6 +134,12 @@ pub enum Error {
     Closed,
     #[error("an operation on the pod ended without an answer; this is a defect, see the log")]
     Panicked,
+}
+
+/// Makes an error of the operating system one that says what was done to which path.
+fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { what, path, source }
 }
 
 impl Kinded for Error {
@@ -270,6 +276,15 @@ impl Pod {
         found.ok_or_else(|| Error::NoContainer(id.to_string()))
     }
 
+    /// The shim, if it is connected now.
+    fn connected(&self) -> Option<client::Client> {
+        match &*self.link.borrow() {
+            Link::Up(client) => Some(client.clone()),
+            Link::Pending | Link::Down => None,
+        }
+    }
+
+    /// The shim; waits while it is being reached.
     async fn client(&self) -> Result<client::Client, Error> {
         let mut link = self.link.clone();
         match shims::connected(&mut link, RECONNECT).await {

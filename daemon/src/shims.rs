@@ -4,11 +4,10 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
     time::Duration,
 };
 
-use holdfast_protos::shim::protobuf::{self, Message as _, well_known_types::any::Any};
+use holdfast_protos::shim::protobuf::{Message as _, well_known_types::any::Any};
 use holdfast_shim::{
     bundle::Bundle,
     client::{self, Client, Command, Endpoint},
@@ -93,12 +92,7 @@ impl Shims {
         }
     }
 
-    fn command(
-        &self,
-        id: &str,
-        bundle: &Bundle,
-        options: Option<protobuf::MessageField<Any>>,
-    ) -> Command {
+    fn command(&self, id: &str, bundle: &Bundle, options: Option<Any>) -> Command {
         Command {
             binary: self.binary.clone(),
             namespace: NAMESPACE.into(),
@@ -107,7 +101,7 @@ impl Shims {
             events: self.events.clone(),
             grpc: self.grpc.clone(),
             publish_binary: std::env::current_exe().unwrap_or_else(|_| "holdfastd".into()),
-            options: options.and_then(|o| o.into_option()),
+            options,
             // Whole seconds, and never none.
             env: vec![(
                 "HOLDFAST_RUNTIME_TIMEOUT".into(),
@@ -139,7 +133,7 @@ impl Shims {
         id: &ContainerId,
         runtime: &Path,
     ) -> Result<client::Exited, client::Error> {
-        let options = Some(protobuf::MessageField::some(self.runtime_options(runtime)));
+        let options = Some(self.runtime_options(runtime));
         self.command(id.as_str(), &self.container_bundle(id), options).delete(BINARY).await
     }
 
@@ -186,6 +180,3 @@ pub async fn connected(
         Link::Pending | Link::Down => None,
     }
 }
-
-/// A share of [`Shims`].
-pub type Shared = Arc<Shims>;

@@ -12,13 +12,14 @@ use holdfast_shim::{
     bundle::{Bundle, Namespace},
     cgroup::Cgroup,
     client::{Client, CreateTask, ErrorKind, TaskStatus},
+    options,
 };
 use tracing::warn;
 
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, readback,
+    extras, io_at, readback,
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
@@ -42,11 +43,6 @@ const ASK: Duration = Duration::from_secs(2);
 
 /// Largest /etc/passwd and /etc/group of an image that is read.
 const ACCOUNTS_LIMIT: usize = 4 << 20;
-
-fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { what, path, source }
-}
 
 /// Makes a container. Intent first; on failure everything is undone, the intent last.
 pub(super) async fn create(
@@ -142,8 +138,8 @@ async fn make(
 
     let log = match record.log.as_os_str().is_empty() {
         // No file; attach works all the same.
-        true => "cri-log://?attach".to_owned(),
-        false => format!("cri-log://{}", record.log.display()),
+        true => format!("{}?attach", options::CRI_LOG),
+        false => format!("{}{}", options::CRI_LOG, record.log.display()),
     };
     let config = &record.config;
     let task = CreateTask {
@@ -152,8 +148,8 @@ async fn make(
         terminal: config.tty,
         stdin: match (config.stdin, config.stdin_once) {
             (false, _) => String::new(),
-            (true, false) => "holdfast-stdin://".into(),
-            (true, true) => "holdfast-stdin://?once".into(),
+            (true, false) => options::HELD_STDIN.into(),
+            (true, true) => options::HELD_STDIN_ONCE.into(),
         },
         stdout: log.clone(),
         stderr: if config.tty { String::new() } else { log },
@@ -436,11 +432,7 @@ pub(super) async fn reap(
     pod: Pod,
     id: ContainerId,
 ) -> Result<Effect, Error> {
-    let client = match &*pod.link.borrow() {
-        crate::shims::Link::Up(client) => Some(client.clone()),
-        _ => None,
-    };
-    free(&services, client.as_ref(), &id).await?;
+    free(&services, pod.connected().as_ref(), &id).await?;
     Ok(Effect::Reaped)
 }
 
@@ -473,11 +465,7 @@ pub(super) async fn remove(
 ) -> Result<Effect, Error> {
     let container = pod.container(&id)?;
     stop(pod.clone(), id.clone(), Duration::ZERO).await?;
-    let client = match &*pod.link.borrow() {
-        crate::shims::Link::Up(client) => Some(client.clone()),
-        _ => None,
-    };
-    take_away(&services, client.as_ref(), &container.record).await?;
+    take_away(&services, pod.connected().as_ref(), &container.record).await?;
     Ok(Effect::Removed(id))
 }
 
@@ -528,7 +516,7 @@ pub(super) async fn discard(
     pod: Pod,
     record: ContainerRecord,
 ) -> Result<Effect, Error> {
-    let client = super::run::wait_linked(&pod, super::RECONNECT).await;
+    let client = pod.client().await.ok();
     if client.is_none() {
         let bundle = services.shims.container_bundle(&record.id);
         if bundle.dir().exists() {

@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -21,7 +21,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{ContainerView, Error, Pod, Services, state::ContainerState};
+use super::{ContainerView, Error, Pod, Services, io_at, state::ContainerState};
 use crate::{error::chain, id::ContainerId, shims::private_dir, spec};
 
 /// How long an exec's processes may still show themselves after SIGKILL.
@@ -288,11 +288,6 @@ pub(super) async fn sync(
     .await;
     exec.reap().await;
     result
-}
-
-fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { what, path, source }
 }
 
 /// One stream's output: a task reads it, so that what was read is kept when the waiting for its end

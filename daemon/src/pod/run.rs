@@ -19,17 +19,11 @@ use tracing::warn;
 use super::{
     Error, Pod, Services,
     config::{IdMapping, PidMode, PodConfig},
-    container,
+    container, io_at,
     task::Effect,
     volumes,
 };
-use crate::{
-    error::chain,
-    network::Attach,
-    shims::{self, Link, private_dir},
-    spec,
-    store::pods::PodRecord,
-};
+use crate::{error::chain, network::Attach, shims::private_dir, spec, store::pods::PodRecord};
 
 /// Size of a pod's /dev/shm; what Docker made everybody's default.
 const SHM_SIZE: &str = "64m";
@@ -39,11 +33,6 @@ pub(super) struct Up {
     pub(super) endpoint: Endpoint,
     pub(super) client: Client,
     pub(super) ips: Vec<IpAddr>,
-}
-
-fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { what, path, source }
 }
 
 /// Intent, then the steps; on failure everything is undone, the intent last.
@@ -158,11 +147,7 @@ fn pod_options(record: &PodRecord) -> Any {
         sysctls: config.sysctls.clone(),
         ..PodOptions::default()
     };
-    Any {
-        type_url: "holdfast.dev/PodOptions".into(),
-        value: serde_json::to_vec(&options).expect("plain data serialises"),
-        ..Default::default()
-    }
+    CreateSandbox::pod_options(&options)
 }
 
 /// The pod's host name: as asked for, else its name, as containerd does.
@@ -253,19 +238,11 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
     let view = pod.view();
     // The shim may be gone for good, or not be reached again yet: what the kernel has is then dealt
     // with by the tear-down.
-    let client = match &*pod.link.borrow() {
-        Link::Up(client) => Some(client.clone()),
-        Link::Pending | Link::Down => None,
-    };
-    let client = match client {
-        Some(client) => Some(client),
-        None if matches!(*pod.link.borrow(), Link::Down) => None,
-        None => match pod.client().await {
-            Ok(client) => Some(client),
-            // Found dead while it was being reached: there is nothing to ask it.
-            Err(Error::PodNotReady(_)) => None,
-            Err(error) => return Err(error),
-        },
+    let client = match pod.client().await {
+        Ok(client) => Some(client),
+        // Dead, or found dead while it was being reached: there is nothing to ask it.
+        Err(Error::PodNotReady(_)) => None,
+        Err(error) => return Err(error),
     };
     if client.is_some() {
         let stops = view
@@ -382,9 +359,4 @@ pub(super) async fn remove_dir(path: &Path) -> Result<(), Error> {
     })
     .await
     .unwrap_or(Err(Error::Panicked))
-}
-
-/// How long to wait for a shim at start-up before saying so.
-pub(super) async fn wait_linked(pod: &Pod, deadline: Duration) -> Option<Client> {
-    shims::connected(&mut pod.link.clone(), deadline).await
 }

@@ -26,6 +26,7 @@ use tracing::{info, warn};
 use super::{
     Error, Services,
     config::{ContainerConfig, ImageDefaults, UserNamespace},
+    io_at,
     run::unmount,
 };
 use crate::{
@@ -35,11 +36,6 @@ use crate::{
     shims::{passable_dir, private_dir},
     spec::{self, BoundVolume},
 };
-
-fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { what, path, source }
-}
 
 /// An image that a container mounts.
 pub(super) struct Asked {
