@@ -526,7 +526,8 @@ impl Pods {
     pub async fn stop(&self, id: &str, grace: Duration) -> Shared<()> {
         match self.find_container(id) {
             Ok((pod, container)) => {
-                container::stop(pod, container.record.id.clone(), grace).await.map_err(Arc::new)
+                let id = container.record.id.clone();
+                container::stop(&self.services, pod, id, grace).await.map_err(Arc::new)
             }
             Err(Error::NoContainer(_)) => Ok(()),
             Err(e) => Err(Arc::new(e)),

@@ -19,7 +19,7 @@ use tracing::warn;
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, io_at, readback,
+    extras, io_at, readback, recover,
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
@@ -351,7 +351,12 @@ pub(super) fn start_failure_code(error: &Error) -> u8 {
 
 /// Stops a container: its stop signal, SIGKILL after `grace`. Runs outside the owner, so any number
 /// may wait at once; the shortest grace wins.
-pub(super) async fn stop(pod: Pod, id: ContainerId, grace: Duration) -> Result<(), Error> {
+pub(super) async fn stop(
+    services: &Services,
+    pod: Pod,
+    id: ContainerId,
+    grace: Duration,
+) -> Result<(), Error> {
     let container = pod.container(&id)?;
     if container.record.state.is_exited() {
         return Ok(());
@@ -370,12 +375,12 @@ pub(super) async fn stop(pod: Pod, id: ContainerId, grace: Duration) -> Result<(
         if !container.asked_to_stop.swap(true, Ordering::Relaxed) {
             kill(&client, &id, container.record.stop_signal, false).await?;
         }
-        if ended(&pod, &client, &id, grace).await? {
+        if ended(services, &pod, &client, &id, grace).await? {
             return Ok(());
         }
     }
     kill(&client, &id, libc::SIGKILL, true).await?;
-    match ended(&pod, &client, &id, AFTER_KILL).await? {
+    match ended(services, &pod, &client, &id, AFTER_KILL).await? {
         true => Ok(()),
         false => Err(Error::StillRuns { id, after: AFTER_KILL }),
     }
@@ -392,6 +397,7 @@ async fn kill(client: &Client, id: &ContainerId, signal: i32, all: bool) -> Resu
 
 /// Waits for the end of a container, by its view; asks the shim too, should an event be late.
 async fn ended(
+    services: &Services,
     pod: &Pod,
     client: &Client,
     id: &ContainerId,
@@ -410,7 +416,8 @@ async fn ended(
                 Err(_) => None,
             };
             if let Some((status, at)) = stopped {
-                let how = super::state::Exit::from_status(status, false);
+                let record = services.shims.container_bundle(id).exit_record();
+                let (at, how) = recover::how_ended(&record, Some((at, status)));
                 let (taken, _) = tokio::sync::oneshot::channel();
                 let command = super::task::Command::Exited { id: id.clone(), at, how, taken };
                 let _ = pod.commands.send(command).await;
@@ -464,7 +471,7 @@ pub(super) async fn remove(
     id: ContainerId,
 ) -> Result<Effect, Error> {
     let container = pod.container(&id)?;
-    stop(pod.clone(), id.clone(), Duration::ZERO).await?;
+    stop(&services, pod.clone(), id.clone(), Duration::ZERO).await?;
     take_away(&services, pod.connected().as_ref(), &container.record).await?;
     Ok(Effect::Removed(id))
 }

@@ -153,9 +153,7 @@ impl Pods {
         };
         let (Some(pod), Ok(id)) = (pod, container.parse::<ContainerId>()) else { return true };
         let record = self.services.shims.container_bundle(&id).exit_record();
-        let (at, how) = recorded(&record)
-            .map(|seen| (seen.at, exit_of(&seen)))
-            .unwrap_or_else(|| (at, Exit::from_status(status, false)));
+        let (at, how) = how_ended(&record, Some((at, status)));
         let (taken, answer) = tokio::sync::oneshot::channel();
         let command = Command::Exited { id, at, how, taken };
         pod.commands.send(command).await.is_ok() && answer.await.is_ok()
@@ -169,6 +167,16 @@ fn recorded(path: &Path) -> Option<ExitRecord> {
             warn!(path = %path.display(), %error, "an exit record cannot be read");
             None
         }
+    }
+}
+
+/// When and how a container ended: by its record, which alone knows of the OOM killer, else by what
+/// its shim says, else nobody knows.
+pub(super) fn how_ended(record: &Path, told: Option<(SystemTime, u32)>) -> (SystemTime, Exit) {
+    match (recorded(record), told) {
+        (Some(record), _) => (record.at, exit_of(&record)),
+        (None, Some((at, status))) => (at, Exit::from_status(status, false)),
+        (None, None) => (SystemTime::now(), Exit::Lost),
     }
 }
 
@@ -234,12 +242,8 @@ async fn look(
             Err(error) if error.kind() == ErrorKind::NotFound => None,
             Err(error) => return Err(error),
         };
-        let record = recorded(&services.shims.container_bundle(id).exit_record());
-        let (at, how) = match (record, exited) {
-            (Some(record), _) => (record.at, exit_of(&record)),
-            (None, Some(exited)) => (exited.at, Exit::from_status(exited.status, false)),
-            (None, None) => (SystemTime::now(), Exit::Lost),
-        };
+        let record = services.shims.container_bundle(id).exit_record();
+        let (at, how) = how_ended(&record, exited.map(|exited| (exited.at, exited.status)));
         missed.exits.push(Seen { id: id.clone(), at, how });
     }
     Ok(missed)
@@ -284,4 +288,23 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
 
 fn is_alive(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_record_counts_before_what_the_shim_says_for_it_knows_of_the_oom_killer() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("exit.json");
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        assert_eq!(how_ended(&path, None).1, Exit::Lost);
+        assert_eq!(how_ended(&path, Some((at(9), 137))), (at(9), Exit::Signal(9)));
+        let status = holdfast_shim::bundle::Exit::Signal(9);
+        ExitRecord { pid: 7, status, at: at(8), oom_killed: true }.store(&path).unwrap();
+        let killed = (at(8), Exit::OomKilled { status: 137 });
+        assert_eq!(how_ended(&path, Some((at(9), 137))), killed);
+        assert_eq!(how_ended(&path, None), killed);
+    }
 }

@@ -248,7 +248,7 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
         let stops = view
             .containers
             .keys()
-            .map(|id| container::stop(pod.clone(), id.clone(), Duration::ZERO));
+            .map(|id| container::stop(&services, pod.clone(), id.clone(), Duration::ZERO));
         for stopped in futures::future::join_all(stops).await {
             match stopped {
                 Ok(()) | Err(Error::NoContainer(_)) => {}
