@@ -54,6 +54,7 @@ impl Service {
 
     /// Those that have usage to report.
     fn select_running(&self, filter: cri::ContainerStatsFilter) -> Vec<Arc<ContainerView>> {
+        self.stats.retain(|id| self.pods.has_container(id));
         self.select_containers(cri::ContainerFilter {
             id: filter.id,
             state: Some(cri::ContainerStateValue {
@@ -65,6 +66,7 @@ impl Service {
     }
 
     fn select_ready(&self, filter: cri::PodSandboxStatsFilter) -> Vec<Arc<PodView>> {
+        self.stats.retain(|id| self.pods.has_container(id));
         self.select_pods(cri::PodSandboxFilter {
             id: filter.id,
             state: Some(cri::PodSandboxStateValue {

@@ -417,14 +417,9 @@ impl Pods {
         Ok((pod.clone(), view))
     }
 
-    /// Whether a container of any state uses the image.
-    pub fn uses_image(&self, image_id: &str) -> Option<ContainerId> {
-        self.list()
-            .iter()
-            .flat_map(|pod| pod.containers.values().cloned().collect::<Vec<_>>())
-            .find_map(|container| {
-                (container.record.image_id == image_id).then(|| container.record.id.clone())
-            })
+    /// Whether there is such a container.
+    pub fn has_container(&self, id: &ContainerId) -> bool {
+        self.index().containers.contains_key(id)
     }
 
     fn handler(&self, name: &str) -> Result<PathBuf, Error> {

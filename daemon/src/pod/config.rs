@@ -340,8 +340,8 @@ pub struct Security {
     pub readonly_rootfs: bool,
     /// prctl(PR_SET_NO_NEW_PRIVS).
     pub no_new_privs: bool,
-    /// Hidden paths; `None`: the defaults. The CRI cannot tell "none" from "default", so the
-    /// converter sets `Some(vec![])` for privileged containers only.
+    /// Hidden paths; `None`: the defaults. The CRI's list is taken as it is, empty too: the kubelet
+    /// sends the default ones, and none for an unmasked /proc. So `None` does not come from the CRI.
     pub masked_paths: Option<Vec<String>>,
     /// Read-only paths; the same.
     pub readonly_paths: Option<Vec<String>>,

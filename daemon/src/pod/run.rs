@@ -311,7 +311,7 @@ async fn tear_down(
         unmount(&bundle.shm())?;
         if own_cgroup {
             // Containers without a parent of the kubelet's live below a group of ours.
-            let path = format!("/holdfast/{of}");
+            let path = spec::own_cgroup(&of);
             holdfast_shim::cgroup::Cgroup::at(&path)
                 .and_then(|cgroup| cgroup.remove())
                 .map_err(io_at("remove cgroup", Path::new(&path)))?;

@@ -17,7 +17,7 @@ use crate::{
 pub fn cgroups_path(parent: &str, pod: &PodId, id: &ContainerId, driver: CgroupDriver) -> String {
     match driver {
         CgroupDriver::Cgroupfs => match parent.trim_matches('/') {
-            "" if parent.is_empty() => format!("/holdfast/{pod}/{id}"),
+            "" if parent.is_empty() => format!("{}/{id}", own_cgroup(pod)),
             "" => format!("/{id}"),
             parent => format!("/{parent}/{id}"),
         },
@@ -28,6 +28,11 @@ pub fn cgroups_path(parent: &str, pod: &PodId, id: &ContainerId, driver: CgroupD
             format!("{slice}:holdfast:{id}")
         }
     }
+}
+
+/// The cgroup of a pod that is given no parent (cgroupfs driver).
+pub fn own_cgroup(pod: &PodId) -> String {
+    format!("/holdfast/{pod}")
 }
 
 /// Refuses a parent that would lead out of the cgroup tree.
