@@ -28,6 +28,22 @@
 //! Binaries under test come from the directory `HOLDFAST_BIN_DIR`, which `make test` fills; without it
 //! the harness runs `make test-bins` once ([`binaries`]).
 
+/// Makes two tests of each function, `runc::name` and `crun::name`, that call it with the runtime's
+/// name.
+#[macro_export]
+macro_rules! with_each_runtime {
+    ($($name:ident)*) => {
+        mod runc {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() -> anyhow::Result<()> { super::$name("runc").await })*
+        }
+        mod crun {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() -> anyhow::Result<()> { super::$name("crun").await })*
+        }
+    };
+}
+
 pub mod bench;
 pub mod binaries;
 pub mod cri;

@@ -535,6 +535,16 @@ pub fn image_spec(reference: &str) -> cri::ImageSpec {
     cri::ImageSpec { image: reference.into(), ..Default::default() }
 }
 
+/// A node with that OCI runtime, and the busybox image on it.
+///
+/// # Errors
+/// The daemon does not start, or does not take the image.
+pub async fn with_busybox(runtime: &str) -> Result<(Node, String)> {
+    let mut node = Node::builder().default_runtime(runtime).start().await?;
+    let image = node.busybox().await?;
+    Ok((node, image))
+}
+
 /// Writes a network configuration into the directory `net.d` of a ground.
 ///
 /// # Errors

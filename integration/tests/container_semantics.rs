@@ -15,23 +15,11 @@ use holdfast_integration::{
     Container, Image, Node, eventually,
     ground::cgroup_mounts,
     log,
-    node::{Cni, on},
+    node::{self, Cni, on},
     wait::Look,
+    with_each_runtime,
 };
 use holdfast_protos::cri;
-
-macro_rules! with_each_runtime {
-    ($($name:ident)*) => {
-        mod runc {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> anyhow::Result<()> { super::$name("runc").await })*
-        }
-        mod crun {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> anyhow::Result<()> { super::$name("crun").await })*
-        }
-    };
-}
 
 with_each_runtime! {
     command_and_arguments_replace_those_of_the_image
@@ -67,12 +55,6 @@ with_each_runtime! {
     logs_have_both_streams_parts_and_can_be_reopened
     the_end_of_a_log_is_kept_with_and_without_a_newline
     usage_is_reported
-}
-
-async fn node(runtime: &str) -> Result<(Node, String)> {
-    let mut node = Node::builder().default_runtime(runtime).start().await?;
-    let image = node.busybox().await?;
-    Ok((node, image))
 }
 
 async fn command_and_arguments_replace_those_of_the_image(runtime: &str) -> Result<()> {
@@ -144,7 +126,7 @@ async fn the_user_is_the_images_or_the_configs(runtime: &str) -> Result<()> {
 }
 
 async fn groups_are_merged_or_strict(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     for (policy, expected) in [
         (cri::SupplementalGroupsPolicy::Merge, vec![1000, 2000, 3000]),
@@ -184,7 +166,7 @@ async fn groups_are_merged_or_strict(runtime: &str) -> Result<()> {
 }
 
 async fn a_user_that_does_not_exist_is_a_clear_error(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let before = node.inventory();
     let error = pod
@@ -200,7 +182,7 @@ async fn a_user_that_does_not_exist_is_a_clear_error(runtime: &str) -> Result<()
 }
 
 async fn mounts_are_bound_read_only_and_made_when_missing(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let dir = node.path().join("volume");
     fs::create_dir(&dir)?;
     fs::write(dir.join("file"), "content")?;
@@ -232,7 +214,7 @@ async fn mounts_are_bound_read_only_and_made_when_missing(runtime: &str) -> Resu
 
 async fn mounts_propagate_as_asked(runtime: &str) -> Result<()> {
     use nix::mount::{MsFlags, mount};
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     // A shared mount of the node, as the kubelet's directories are.
     let shared = node.path().join("shared");
     fs::create_dir(&shared)?;
@@ -325,7 +307,7 @@ async fn an_image_volume_is_writable_and_has_its_content(runtime: &str) -> Resul
 }
 
 async fn hosts_resolv_conf_hostname_and_shm_are_the_pods(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node
         .pod("web-1")
         .config(|config| {
@@ -377,7 +359,7 @@ async fn hosts_resolv_conf_hostname_and_shm_are_the_pods(runtime: &str) -> Resul
 }
 
 async fn ports_of_the_node_lead_into_the_pod(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let port = holdfast_integration::registry::free_address()?.port();
     let pod = node.pod("a").port(port.into(), 8080).run().await?;
     let container = pod
@@ -498,7 +480,7 @@ async fn limits_are_in_the_cgroup_below_the_given_parent(runtime: &str) -> Resul
 }
 
 async fn limits_can_be_changed_while_it_runs(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod
         .container(&image)
@@ -529,7 +511,7 @@ async fn limits_can_be_changed_while_it_runs(runtime: &str) -> Result<()> {
 }
 
 async fn huge_pages_are_limited(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let create = async |name: &str, limit: u64| {
         let container = pod.container(&image).name(name).sh("exec sleep 1000");
@@ -554,7 +536,7 @@ async fn huge_pages_are_limited(runtime: &str) -> Result<()> {
 }
 
 async fn oom_score_is_set_or_clamped(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let run = async |name: &str, score: i64| {
         let text = pod
@@ -595,7 +577,7 @@ fn may(pid: i32, capability: u32) -> Result<bool> {
 }
 
 async fn a_privileged_container_has_what_the_daemon_has(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().privileged().run().await?;
     let container =
         pod.container(&image).sh("sleep 100").security(|s| s.privileged = true).start().await?;
@@ -622,7 +604,7 @@ async fn capabilities_are_added_and_dropped(runtime: &str) -> Result<()> {
     const NET_BIND_SERVICE: u64 = 1 << 10;
     const SYS_PTRACE: u64 = 1 << 19;
     const SYS_ADMIN: u64 = 1 << 21;
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let run = async |name: &str, add: &[&str], drop: &[&str], user: Option<i64>| {
         let text = pod
@@ -670,7 +652,7 @@ async fn capabilities_are_added_and_dropped(runtime: &str) -> Result<()> {
 }
 
 async fn the_root_can_be_read_only(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod
         .container(&image)
@@ -687,7 +669,7 @@ async fn the_root_can_be_read_only(runtime: &str) -> Result<()> {
 
 async fn seccomp_profiles_are_applied(runtime: &str) -> Result<()> {
     use cri::security_profile::ProfileType;
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let profile = node.path().join("deny-mkdir.json");
     fs::write(
@@ -737,7 +719,7 @@ async fn seccomp_profiles_are_applied(runtime: &str) -> Result<()> {
 }
 
 async fn paths_are_masked_and_read_only(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     // What the kubelet sends for every ordinary container: the kernel's secrets are hidden and its
     // switches cannot be turned.
@@ -774,7 +756,7 @@ async fn paths_are_masked_and_read_only(runtime: &str) -> Result<()> {
 }
 
 async fn devices_appear_with_their_permissions(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod
         .container(&image)
@@ -817,7 +799,7 @@ async fn devices_appear_with_their_permissions(runtime: &str) -> Result<()> {
 }
 
 async fn sysctls_are_the_pods_own(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node
         .pod("a")
         .linux(|linux| {
@@ -840,7 +822,7 @@ async fn sysctls_are_the_pods_own(runtime: &str) -> Result<()> {
 }
 
 async fn no_new_privileges_is_set(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     for wanted in [true, false] {
         let text = pod
@@ -856,7 +838,7 @@ async fn no_new_privileges_is_set(runtime: &str) -> Result<()> {
 }
 
 async fn pid_namespaces_are_shared_as_asked(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let shared = node.pod("shared").host_network().shared_pids().run().await?;
     let one = shared.container(&image).name("one").sh("exec sleep 1001").start().await?;
     let two = shared.container(&image).name("two").sh("exec sleep 1002").start().await?;
@@ -891,7 +873,7 @@ async fn pid_namespaces_are_shared_as_asked(runtime: &str) -> Result<()> {
 }
 
 async fn host_namespaces_are_the_nodes(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let host = node
         .pod("host")
         .host_network()
@@ -969,7 +951,7 @@ async fn stopping_sends_the_stop_signal_then_kill(runtime: &str) -> Result<()> {
 }
 
 async fn ends_are_reported_with_code_and_reason(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let good = pod.container(&image).name("good").sh("exit 0").start().await?.wait().await?;
     assert_eq!((good.exit_code, good.reason.as_str()), (0, "Completed"));
@@ -1005,7 +987,7 @@ async fn ends_are_reported_with_code_and_reason(runtime: &str) -> Result<()> {
 }
 
 async fn exec_answers_with_output_and_code(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod.container(&image).sh("sleep 100").env("A", "b").start().await?;
     let answer = container.exec_sync(&["sh", "-c", "echo $A; echo error >&2; exit 7"], 10).await?;
@@ -1031,7 +1013,7 @@ async fn exec_answers_with_output_and_code(runtime: &str) -> Result<()> {
 }
 
 async fn exec_that_times_out_is_killed(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod.container(&image).sh("sleep 100").start().await?;
     let begun = Instant::now();
@@ -1053,7 +1035,7 @@ async fn exec_that_times_out_is_killed(runtime: &str) -> Result<()> {
 }
 
 async fn exec_output_is_capped_and_background_children_do_not_hold_it(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod.container(&image).sh("sleep 100").start().await?;
     // 16 MiB are kept; the message itself must fit what the kubelet takes.
@@ -1077,7 +1059,7 @@ async fn exec_output_is_capped_and_background_children_do_not_hold_it(runtime: &
 }
 
 async fn logs_have_both_streams_parts_and_can_be_reopened(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod
         .container(&image)
@@ -1121,7 +1103,7 @@ async fn logs_have_both_streams_parts_and_can_be_reopened(runtime: &str) -> Resu
 }
 
 async fn the_end_of_a_log_is_kept_with_and_without_a_newline(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     for (name, script, expected) in [
         ("with", "seq 1 5000", 5000),
@@ -1139,7 +1121,7 @@ async fn the_end_of_a_log_is_kept_with_and_without_a_newline(runtime: &str) -> R
 }
 
 async fn usage_is_reported(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").run().await?;
     let container = pod
         .container(&image)

@@ -9,22 +9,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use holdfast_integration::{Container, Image, Node, Pod, ground::cgroup_mounts};
+use holdfast_integration::{
+    Container, Image, Node, Pod, ground::cgroup_mounts, node, with_each_runtime,
+};
 use holdfast_protos::cri;
 use tonic::Code;
-
-macro_rules! with_each_runtime {
-    ($($name:ident)*) => {
-        mod runc {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> anyhow::Result<()> { super::$name("runc").await })*
-        }
-        mod crun {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> anyhow::Result<()> { super::$name("crun").await })*
-        }
-    };
-}
 
 with_each_runtime! {
     cdi_devices_bring_what_their_files_say
@@ -37,12 +26,6 @@ with_each_runtime! {
     a_pods_resources_are_kept
     block_io_classes_are_limits
     a_container_that_cannot_start_says_why
-}
-
-async fn node(runtime: &str) -> Result<(Node, String)> {
-    let mut node = Node::builder().default_runtime(runtime).start().await?;
-    let image = node.busybox().await?;
-    Ok((node, image))
 }
 
 /// A file of the container's cgroup, by its name on version 1 or on version 2.
@@ -230,7 +213,7 @@ async fn a_handler_may_keep_devices_from_privileged_containers(runtime: &str) ->
 }
 
 async fn an_update_is_told_as_the_kernel_has_it(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod
         .container(&image)
@@ -279,7 +262,7 @@ async fn an_update_is_told_as_the_kernel_has_it(runtime: &str) -> Result<()> {
 }
 
 async fn an_update_that_cannot_be_is_refused_and_changes_nothing(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let container = pod
         .container(&image)
@@ -350,7 +333,7 @@ async fn swap_and_processes_are_limited(runtime: &str) -> Result<()> {
 }
 
 async fn what_the_host_lacks_is_named(runtime: &str) -> Result<()> {
-    let (node, image) = node(runtime).await?;
+    let (node, image) = node::with_busybox(runtime).await?;
     let pod = node.pod("a").host_network().run().await?;
     let lacks = Code::FailedPrecondition;
     if version_1() {
@@ -409,7 +392,7 @@ async fn what_the_host_lacks_is_named(runtime: &str) -> Result<()> {
 }
 
 async fn a_pods_resources_are_kept(runtime: &str) -> Result<()> {
-    let (mut node, _) = node(runtime).await?;
+    let (mut node, _) = node::with_busybox(runtime).await?;
     let pod = node
         .pod("a")
         .host_network()

@@ -9,22 +9,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use holdfast_integration::{Image, Node, Pod, pod::PodBuilder, tar::Entry};
+use holdfast_integration::{
+    Image, Node, Pod, node, pod::PodBuilder, tar::Entry, with_each_runtime,
+};
 use holdfast_protos::cri;
 use tonic::Code;
-
-macro_rules! with_each_runtime {
-    ($($name:ident)*) => {
-        mod runc {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> anyhow::Result<()> { super::$name("runc").await })*
-        }
-        mod crun {
-            $(#[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> anyhow::Result<()> { super::$name("crun").await })*
-        }
-    };
-}
 
 with_each_runtime! {
     an_image_is_mounted_read_only
@@ -38,12 +27,6 @@ with_each_runtime! {
     a_pod_has_a_user_namespace_with_its_own_files
     volumes_of_a_pod_with_a_user_namespace_are_its_own
     volumes_that_the_runtime_cannot_map_are_refused
-}
-
-async fn node(runtime: &str) -> Result<(Node, String)> {
-    let mut node = Node::builder().default_runtime(runtime).start().await?;
-    let image = node.busybox().await?;
-    Ok((node, image))
 }
 
 fn image_mount(image: &str, path: &str) -> cri::Mount {
@@ -73,7 +56,7 @@ fn data() -> Result<Image> {
 }
 
 async fn an_image_is_mounted_read_only(runtime: &str) -> Result<()> {
-    let (mut node, busybox) = node(runtime).await?;
+    let (mut node, busybox) = node::with_busybox(runtime).await?;
     let two = node.load("test/two:1", &data()?).await?;
     let none = node.load("test/none:1", &Image::empty().build()?).await?;
     let id = node.image(&two).await?.context("image")?.id;
@@ -131,7 +114,7 @@ async fn an_image_is_mounted_read_only(runtime: &str) -> Result<()> {
 }
 
 async fn a_part_of_an_image_is_mounted(runtime: &str) -> Result<()> {
-    let (mut node, busybox) = node(runtime).await?;
+    let (mut node, busybox) = node::with_busybox(runtime).await?;
     let two = node.load("test/two:1", &data()?).await?;
     let pod = node.pod("a").host_network().run().await?;
     let part =
@@ -170,7 +153,7 @@ async fn a_part_of_an_image_is_mounted(runtime: &str) -> Result<()> {
 }
 
 async fn an_image_that_is_mounted_can_be_removed_and_its_layers_stay(runtime: &str) -> Result<()> {
-    let (mut node, busybox) = node(runtime).await?;
+    let (mut node, busybox) = node::with_busybox(runtime).await?;
     let two = node.load("test/two:1", &data()?).await?;
     let layers = node.path().join("root/layers");
     let count = || fs::read_dir(&layers).map(Iterator::count);
@@ -203,7 +186,7 @@ async fn an_image_that_is_mounted_can_be_removed_and_its_layers_stay(runtime: &s
 }
 
 async fn what_cannot_be_mounted_is_a_clear_error_and_leaves_nothing(runtime: &str) -> Result<()> {
-    let (mut node, busybox) = node(runtime).await?;
+    let (mut node, busybox) = node::with_busybox(runtime).await?;
     let two = node.load("test/two:1", &data()?).await?;
     let pod = node.pod("a").host_network().run().await?;
     let before = node.inventory();
@@ -231,7 +214,7 @@ async fn what_cannot_be_mounted_is_a_clear_error_and_leaves_nothing(runtime: &st
 }
 
 async fn image_volumes_survive_the_daemon_and_are_swept(runtime: &str) -> Result<()> {
-    let (mut node, busybox) = node(runtime).await?;
+    let (mut node, busybox) = node::with_busybox(runtime).await?;
     let two = node.load("test/two:1", &data()?).await?;
     let image = Image::busybox()?.volume("/data").build()?;
     let declared = node.load("test/declared:1", &image).await?;
@@ -339,7 +322,7 @@ async fn mounts_of_the_pod_cover_volumes_of_the_image(runtime: &str) -> Result<(
 }
 
 async fn options_of_mounts_take_effect(runtime: &str) -> Result<()> {
-    let (node, busybox) = node(runtime).await?;
+    let (node, busybox) = node::with_busybox(runtime).await?;
     let features = node.status(false).await?.features.context("features")?;
     ensure!(features.mount_options, "Status does not say so");
     let host = node.path().join("host");
@@ -492,7 +475,7 @@ async fn a_pod_has_a_user_namespace_with_its_own_files(runtime: &str) -> Result<
 }
 
 async fn volumes_of_a_pod_with_a_user_namespace_are_its_own(runtime: &str) -> Result<()> {
-    let (mut node, busybox) = node(runtime).await?;
+    let (mut node, busybox) = node::with_busybox(runtime).await?;
     open_up(&node)?;
     let two = node.load("test/two:1", &data()?).await?;
     let image = Image::busybox()?
@@ -530,7 +513,7 @@ async fn volumes_of_a_pod_with_a_user_namespace_are_its_own(runtime: &str) -> Re
 }
 
 async fn volumes_that_the_runtime_cannot_map_are_refused(runtime: &str) -> Result<()> {
-    let (node, busybox) = node(runtime).await?;
+    let (node, busybox) = node::with_busybox(runtime).await?;
     open_up(&node)?;
     let handlers = node.status(false).await?.runtime_handlers;
     let handler = handlers.iter().find(|h| h.name == runtime).context("handler")?;
