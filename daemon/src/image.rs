@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <root>/layers/<number>      unpacked layers, in overlayfs form       (layers, unpack, tar)
+//! <root>/recipes/<number>     how to make a layer's archive again      (recipe)
 //! <root>/ingest/<number>      the same on their way                    (pull, registry, archive)
 //! <root>/snapshots/<id>       containers' writable layers              (snapshots, overlay)
 //! ```
@@ -23,6 +24,7 @@ pub mod layers;
 pub mod manifest;
 pub mod overlay;
 pub mod pull;
+pub mod recipe;
 pub mod reference;
 pub mod registries;
 pub mod registry;
@@ -226,6 +228,12 @@ impl Image {
     /// Digests of its uncompressed layers, from the bottom.
     pub fn diff_ids(&self) -> Vec<Digest> {
         self.layers.iter().map(|layer| layer.diff_id.clone()).collect()
+    }
+
+    /// Handles of its layers, from the bottom, which keep them on disk. [`Layer::archive`] makes
+    /// their archives again.
+    pub fn hold_layers(&self) -> Vec<Arc<Layer>> {
+        self.layers.clone()
     }
 }
 
@@ -850,8 +858,10 @@ impl Found {
     fn look(dirs: &Dirs, named: &HashSet<u64>, containers: &HashSet<String>) -> io::Result<Self> {
         dirs.create()?;
         let on_disk: HashSet<u64> = layers::numbered(&dirs.layers())?.into_iter().collect();
+        let recipes = layers::numbered(&dirs.recipes())?;
         let ingest = layers::numbered(&dirs.ingest())?;
-        let next = named.iter().chain(&on_disk).chain(&ingest).max().map_or(1, |n| n + 1);
+        let all = named.iter().chain(&on_disk).chain(&recipes).chain(&ingest);
+        let next = all.max().map_or(1, |n| n + 1);
         let mut leftovers = Vec::new();
         for entry in std::fs::read_dir(dirs.ingest())? {
             leftovers.push(entry?.path());
@@ -869,6 +879,8 @@ impl Found {
             suspects.retain(|path| !is_mounted(&mounts, path));
             leftovers.append(&mut suspects);
         }
+        let unnamed = recipes.into_iter().filter(|number| !named.contains(number));
+        leftovers.extend(unnamed.map(|number| dirs.recipes().join(number.to_string())));
         let missing = named.difference(&on_disk).copied().collect();
         Ok(Self { next, leftovers, missing })
     }

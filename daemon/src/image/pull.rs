@@ -506,18 +506,19 @@ impl Fetch<'_> {
         };
         let token = self.unpackers.token();
         let work = tokio::task::spawn_blocking(move || {
-            let path = slot.path();
+            let (path, recipe) = (slot.path(), slot.recipe());
             let unpacked =
-                match open().and_then(|source| stream::unpack_layer(source, &expected, &path)) {
-                    Ok(unpacked) => Ok(slot.filled(unpacked)),
-                    Err(source) => {
-                        let layer = match expected.content {
-                            Some((digest, _)) => digest,
-                            None => expected.diff_id,
-                        };
-                        Err(Error::Layer { layer, source })
-                    }
-                };
+                open().and_then(|source| stream::unpack_layer(source, &expected, &path, &recipe));
+            let unpacked = match unpacked {
+                Ok(unpacked) => Ok(slot.filled(unpacked)),
+                Err(source) => {
+                    let layer = match expected.content {
+                        Some((digest, _)) => digest,
+                        None => expected.diff_id,
+                    };
+                    Err(Error::Layer { layer, source })
+                }
+            };
             (unpacked, token)
         });
         async move { super::joined(work).await.map(|(unpacked, _token)| unpacked) }

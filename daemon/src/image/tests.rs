@@ -81,7 +81,7 @@ impl Node {
     pub(super) fn files(&self) -> std::collections::BTreeMap<String, String> {
         let mut all = listing(&self.dir.path().join("images"));
         // Times of the directories themselves change with each attempt.
-        for name in ["\"\"", "\"layers\"", "\"ingest\"", "\"snapshots\""] {
+        for name in ["\"\"", "\"layers\"", "\"recipes\"", "\"ingest\"", "\"snapshots\""] {
             all.remove(name);
         }
         all
@@ -103,6 +103,16 @@ impl Node {
         assert_eq!(self.images.fs_usage(), usage, "{part}");
         error.kind()
     }
+}
+
+/// The layers' archives, made again.
+fn archives(image: &Image) -> Vec<Vec<u8>> {
+    let again = |layer: Arc<layers::Layer>| {
+        let mut archive = Vec::new();
+        let mut rebuilt = layer.archive().unwrap();
+        std::io::Read::read_to_end(&mut rebuilt, &mut archive).map(|_| archive).unwrap()
+    };
+    image.hold_layers().into_iter().map(again).collect()
 }
 
 async fn open(dir: &Path, config: config::Images) -> Images {
@@ -132,7 +142,8 @@ pub(super) fn layer(name: &str) -> Vec<u8> {
 #[tokio::test]
 async fn a_pulled_image_is_found_by_all_its_names_and_survives_a_restart() {
     let registry = FakeRegistry::start().await;
-    let image = TestImage::new(&[base(), layer("one"), layer("two"), layer("three")]);
+    let plain = [base(), layer("one"), layer("two"), layer("three")];
+    let image = TestImage::new(&plain);
     registry.put("a/b", "1", &image);
     let node = Node::new().await;
     let name = registry.reference("a/b:1");
@@ -160,6 +171,7 @@ async fn a_pulled_image_is_found_by_all_its_names_and_survives_a_restart() {
     }
     let config = node.images.raw_config(&pulled).await.unwrap();
     assert_eq!(config.as_bytes(), image.config);
+    assert!(archives(&node.images.find(&name).unwrap()) == plain, "other archives came back");
     assert!(node.images.fs_usage().used_bytes > 300_000);
 
     // A restart finds everything: nothing is asked for again but the name.
@@ -320,12 +332,14 @@ async fn what_a_crash_leaves_is_removed_and_what_is_incomplete_is_not_shown() {
     let root = node.dir.path().join("images");
     std::fs::create_dir_all(root.join("layers/900/x")).unwrap();
     std::fs::create_dir_all(root.join("ingest/901/x")).unwrap();
+    std::fs::create_dir_all(root.join("ingest/902.recipe")).unwrap();
+    std::fs::create_dir_all(root.join("recipes/903/0")).unwrap();
     std::fs::create_dir_all(root.join("snapshots").join(ContainerId::random()).join("upper"))
         .unwrap();
     let node = node.again().await;
     assert_eq!(node.files(), before);
     // No number is used twice, not even that of what was just removed.
-    assert!(node.images.shared.layers.number() > 901);
+    assert!(node.images.shared.layers.number() > 903);
 
     let number = other.layers()[0].to_string();
     std::fs::rename(root.join("layers").join(&number), node.dir.path().join("lost")).unwrap();
@@ -1117,13 +1131,17 @@ async fn implied_directories_look_like_those_below() {
     let top = Tar::new()
         .file("usr/lib/listed-nowhere", "1")
         .file("lib/through-link", "2")
+        .file("usr/lib/both", "the lower one")
+        .file("lib/both", "the one that is seen")
+        .file("usr/lib/sub", "where the other has a directory")
         .file("lib/sub/deep", "3")
         .file("srv/data", "4")
         .file("gone/new", "5")
         .file("loop/x", "6")
         .file("fresh/y", "7")
         .end();
-    registry.put("a", "1", &TestImage::labelled(&[below, middle, top.clone()], "three"));
+    let three = [below, middle, top.clone()];
+    registry.put("a", "1", &TestImage::labelled(&three, "three"));
     // The same layer on nothing: it is another directory.
     registry.put("a", "2", &TestImage::labelled(std::slice::from_ref(&top), "alone"));
     let image = node.pull(&registry.reference("a:1")).await.unwrap();
@@ -1152,7 +1170,9 @@ async fn implied_directories_look_like_those_below() {
         expect("files of both", text("lib/old") == "old" && text("usr/lib/listed-nowhere") == "1");
         expect(
             "through the link",
-            text("usr/lib/through-link") == "2" && text("usr/lib/sub/deep") == "3",
+            text("usr/lib/through-link") == "2"
+                && text("usr/lib/sub/deep") == "3"
+                && text("lib/both") == "the one that is seen",
         );
         expect("sticky", meta("srv").mode() & 0o7777 == 0o1777);
         let mut value = [0; 8];
@@ -1171,6 +1191,8 @@ async fn implied_directories_look_like_those_below() {
     let wrong = check();
     rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).unwrap();
     assert_eq!(wrong, None);
+    // Files were moved, and one of two of a name is gone: the archives are the same all the same.
+    assert!(archives(&image) == three && archives(&alone) == [top]);
     // And it is found again for the same layers below, also after a restart.
     let node = node.again().await;
     drop((image, alone));
