@@ -52,6 +52,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use futures::{FutureExt, future::BoxFuture};
+use holdfast_shim::crash;
 use tokio::sync::{oneshot, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -552,6 +553,7 @@ impl Images {
         joined(self.shared.tasks.spawn(async move {
             let _writer = shared.writer.lock().await;
             shared.store.remove_image(&id).await?;
+            crash::point("daemon.remove-image.forgotten");
             let mut index = Index::clone(&shared.index.load());
             index.images.remove(&id);
             index.names.retain(|_, (image, _)| *image != id);
@@ -776,6 +778,7 @@ impl Shared {
                 new.names.clone(),
             )
             .await?;
+        crash::point("daemon.pull.recorded");
         for (name, target) in new.names {
             let before = index.names.insert(name.clone(), (new.id.clone(), target));
             if let Some((other, _)) = before

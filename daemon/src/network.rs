@@ -36,6 +36,7 @@ use std::{
 };
 
 use futures::StreamExt;
+use holdfast_shim::crash;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tokio::{
@@ -617,6 +618,7 @@ impl Inner {
             record.netns_inode = record::inode(&record.netns);
             record.boot = record::boot_id();
             records.write(&id, &record)?;
+            crash::point("daemon.network.intent-recorded");
             Ok(record)
         })
         .await?;
@@ -626,6 +628,7 @@ impl Inner {
                 let (records, id) = (Arc::clone(&self.records), pod.pod.clone());
                 let result = attached.result.clone();
                 let kept = Self::blocking(move || records.write_result(&id, &result)).await;
+                crash::point("daemon.network.result-kept");
                 if let Err(error) = kept {
                     // DEL goes without it, as it must after a power cut.
                     tracing::warn!(pod = %pod.pod, error = chain(&error), "result of ADD not kept");
@@ -672,6 +675,7 @@ impl Inner {
         for (plugin, program) in list.plugins.iter().zip(&ready.programs) {
             let config = call_config(list, ready.version, plugin, Some(record), result.as_ref());
             let ran = self.plugins.run(program, Verb::Add, Some(target), &config, deadline).await;
+            crash::point("daemon.network.plugin-added");
             let answer = ran.and_then(|output| Ok(result::parse(&output, ready.version)?));
             result = Some(answer.map_err(plugin_failed(list, plugin, Verb::Add))?);
         }
@@ -740,7 +744,9 @@ impl Inner {
             }
         }
         let (records, id) = (Arc::clone(&self.records), pod.clone());
-        Self::blocking(move || records.remove(&id)).await
+        Self::blocking(move || records.remove(&id)).await?;
+        crash::point("daemon.network.forgotten");
+        Ok(())
     }
 
     async fn delete(
@@ -760,7 +766,9 @@ impl Inner {
         for plugin in list.plugins.iter().rev() {
             let program = self.find(list, &plugin.kind)?;
             let config = call_config(list, version, plugin, Some(record), result);
-            match self.plugins.run(&program, Verb::Del, Some(target), &config, deadline).await {
+            let ran = self.plugins.run(&program, Verb::Del, Some(target), &config, deadline).await;
+            crash::point("daemon.network.plugin-deleted");
+            match ran {
                 Ok(_) | Err(Failure::Refused { code: CODE_UNKNOWN_CONTAINER, .. }) => {}
                 Err(failure) => return Err(plugin_failed(list, plugin, Verb::Del)(failure)),
             }

@@ -16,6 +16,7 @@ mod container;
 pub(crate) mod exec;
 mod extras;
 pub(crate) mod foreign;
+mod leftover;
 mod readback;
 mod recover;
 mod run;
@@ -200,6 +201,7 @@ fn shim_kind(error: &client::Error) -> Kind {
         client::ErrorKind::Invalid => Kind::Invalid,
         client::ErrorKind::Unimplemented => Kind::Unsupported,
         client::ErrorKind::Deadline => Kind::Deadline,
+        client::ErrorKind::Exhausted => Kind::Exhausted,
         client::ErrorKind::Closed => Kind::Unavailable,
         client::ErrorKind::Other => Kind::Internal,
     }

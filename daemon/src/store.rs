@@ -8,6 +8,7 @@
 
 pub mod images;
 pub mod pods;
+mod room;
 
 use std::{path::Path, thread};
 
@@ -76,7 +77,9 @@ fn private_file(path: &Path) {
 /// Runs one job inside the batch's transaction; returns what to do once that is committed.
 type Job = Box<dyn FnOnce(&Connection) -> Reply + Send>;
 /// Tells the caller: its result if the commit went well (`None`), else the commit's failure.
-type Reply = Box<dyn FnOnce(Option<&str>) + Send>;
+type Reply = Box<dyn FnOnce(Option<&Failure>) + Send>;
+/// What SQLite says, and in words.
+type Failure = (Option<rusqlite::ffi::Error>, String);
 
 /// A handle to the store; clones share it.
 #[derive(Clone)]
@@ -88,6 +91,7 @@ impl Store {
     /// Opens or creates the database and brings its schema up to date.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let open = |source| Error::Open { path: path.to_owned(), source };
+        let room = room::Room::new(path);
         private_file(path);
         let mut db = Connection::open(path).map_err(open)?;
         // WAL with FULL: one fsync of the log per commit, and a commit that returned survives a
@@ -96,10 +100,11 @@ impl Store {
         db.pragma_update(None, "synchronous", "full").map_err(open)?;
         db.pragma_update(None, "foreign_keys", true).map_err(open)?;
         migrate(&mut db).map_err(open)?;
+        room.provide_log();
         let (jobs, queue) = mpsc::channel(QUEUE);
         thread::Builder::new()
             .name("store".into())
-            .spawn(move || serve(&db, queue))
+            .spawn(move || serve(&db, room, queue))
             .expect("a thread can be started at start-up");
         Ok(Self { jobs })
     }
@@ -117,9 +122,11 @@ impl Store {
             Box::new(move |commit| {
                 let result = match commit {
                     None => result,
-                    Some(text) => Err(Error::Sql(rusqlite::Error::SqliteFailure(
-                        rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_IOERR),
-                        Some(text.to_owned()),
+                    Some((code, text)) => Err(Error::Sql(rusqlite::Error::SqliteFailure(
+                        code.unwrap_or_else(|| {
+                            rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_IOERR)
+                        }),
+                        Some(text.clone()),
                     ))),
                 };
                 // The caller may have been dropped; the work is done all the same.
@@ -144,19 +151,20 @@ fn isolated<R>(
     result
 }
 
-fn serve(db: &Connection, mut queue: mpsc::Receiver<Job>) {
+fn serve(db: &Connection, mut room: room::Room, mut queue: mpsc::Receiver<Job>) {
     let mut batch = Vec::with_capacity(BATCH);
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
+        room.look();
         let begun = db.execute_batch("BEGIN IMMEDIATE");
         let replies: Vec<Reply> = batch.drain(..).map(|job| job(db)).collect();
         let commit = begun.and_then(|()| db.execute_batch("COMMIT"));
         let failure = commit.err().map(|e| {
             // The transaction may still be open (a full disk): leave nothing of it behind.
             let _ = db.execute_batch("ROLLBACK");
-            e.to_string()
+            (e.sqlite_error().copied(), e.to_string())
         });
         for reply in replies {
-            reply(failure.as_deref());
+            reply(failure.as_ref());
         }
     }
 }

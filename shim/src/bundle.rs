@@ -175,6 +175,9 @@ impl Exit {
     }
 }
 
+/// No exit record is longer, in bytes.
+const RECORD_MAX: i64 = 512;
+
 /// How a container ended: written and synced before anybody is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
@@ -203,6 +206,20 @@ impl ExitRecord {
         }
     }
 
+    /// Takes the space that [`ExitRecord::store`] will need, so that how a container ended is on record
+    /// also when the disk has filled up meanwhile.
+    ///
+    /// # Errors
+    /// There is no space now.
+    pub fn reserve(path: impl AsRef<Path>) -> io::Result<()> {
+        let file = open_beside(path.as_ref())?.0;
+        match nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, RECORD_MAX) {
+            // Where there is no such call the record finds the space it finds.
+            Ok(()) | Err(nix::errno::Errno::EOPNOTSUPP) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
     /// Makes the record durable at `path`: after this it survives a crash whole, or (when this
     /// fails) is not there at all.
     ///
@@ -222,19 +239,11 @@ impl ExitRecord {
 /// all or nothing; `durable`: and it survives a crash of the machine.
 pub(crate) fn replace(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let mut hidden = std::ffi::OsString::from(".");
-    hidden.push(name);
-    hidden.push(".new");
-    let temporary = parent.join(hidden);
+    let (mut file, temporary) = open_beside(path)?;
     let written = (|| {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&temporary)?;
+        // Not cut before: what `reserve` took would be given back.
         file.write_all(bytes)?;
+        file.set_len(bytes.len() as u64)?;
         if durable {
             file.sync_all()?;
         }
@@ -248,6 +257,18 @@ pub(crate) fn replace(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()
         File::open(parent)?.sync_all()?;
     }
     Ok(())
+}
+
+/// The hidden file beside `path` that becomes it.
+fn open_beside(path: &Path) -> io::Result<(File, PathBuf)> {
+    let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(".new");
+    let temporary = path.with_file_name(hidden);
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    Ok((options.open(&temporary)?, temporary))
 }
 
 mod rfc3339 {
@@ -300,6 +321,19 @@ mod tests {
         let later = ExitRecord { status: Exit::Code(3), ..record() };
         later.store(&path).unwrap();
         assert_eq!(ExitRecord::load(&path).unwrap(), Some(later));
+    }
+
+    #[test]
+    fn the_space_that_was_taken_becomes_the_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = Bundle::new(dir.path()).exit_record();
+        ExitRecord::reserve(&path).unwrap();
+        assert_eq!(ExitRecord::load(&path).unwrap(), None);
+        record().store(&path).unwrap();
+        assert_eq!(ExitRecord::load(&path).unwrap(), Some(record()));
+        let length = fs::metadata(&path).unwrap().len();
+        assert!(length < RECORD_MAX as u64, "{length}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

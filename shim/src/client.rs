@@ -56,10 +56,18 @@ pub enum ErrorKind {
     Unimplemented,
     /// The deadline passed; what was asked may still happen.
     Deadline,
+    /// Space, descriptors, processes or memory have run out.
+    Exhausted,
     /// The shim is gone, or the connection to it is.
     Closed,
     /// Anything else.
     Other,
+}
+
+/// Descriptors, processes or memory have run out.
+fn is_want(error: &io::Error) -> bool {
+    use libc::{EAGAIN, EMFILE, ENFILE, ENOMEM};
+    matches!(error.raw_os_error(), Some(EAGAIN | EMFILE | ENFILE | ENOMEM))
 }
 
 /// A call to a shim that did not succeed.
@@ -130,10 +138,12 @@ impl Error {
                 | io::ErrorKind::ConnectionReset
                 | io::ErrorKind::BrokenPipe
                 | io::ErrorKind::UnexpectedEof => ErrorKind::Closed,
+                _ if is_want(source) => ErrorKind::Exhausted,
                 _ => ErrorKind::Other,
             },
             Error::Spawn { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied => ErrorKind::Invalid,
+                _ if is_want(source) => ErrorKind::Exhausted,
                 _ => ErrorKind::Other,
             },
             Error::Binary { .. } => ErrorKind::Other,
@@ -165,6 +175,7 @@ impl Error {
                     }
                     Code::INVALID_ARGUMENT | Code::OUT_OF_RANGE => ErrorKind::Invalid,
                     Code::UNIMPLEMENTED => ErrorKind::Unimplemented,
+                    Code::RESOURCE_EXHAUSTED => ErrorKind::Exhausted,
                     Code::DEADLINE_EXCEEDED => match deadline {
                         Some(deadline) => return Error::Deadline { call, deadline },
                         None => ErrorKind::Deadline,

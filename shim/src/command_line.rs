@@ -3,7 +3,7 @@
 use std::{
     ffi::OsString,
     fs,
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     os::{
         fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
         unix::{
@@ -28,7 +28,7 @@ use crate::{
     bootstrap::{self, Action, Arguments, Input, Reader},
     bundle::{Bundle, ExitRecord, replace},
     cgroup::Cgroup,
-    mounts, namespaces,
+    crash, mounts, namespaces,
     pod::Pod,
     pod_init,
     process::{self, Reaper, Signals, check, report, watch_fd},
@@ -45,6 +45,9 @@ const INPUT: Duration = Duration::from_secs(10);
 
 /// Most that is read of it.
 const INPUT_MAX: usize = 4 * 1024 * 1024;
+
+/// How long a process that dies may take to let go of its sockets.
+const DYING: Duration = Duration::from_secs(1);
 
 /// How long a shim that leaves waits for its last events to be acknowledged.
 const LAST_EVENTS: Duration = Duration::from_secs(2);
@@ -128,19 +131,24 @@ fn start(arguments: &Arguments) -> Result<(), String> {
     let write = |path: PathBuf, text: &str| {
         replace(&path, text.as_bytes(), false).map_err(|e| format!("{}: {e}", path.display()))
     };
+    // First, so that whoever cleans up after us finds what we leave: a socket, or a shim.
+    write(bundle.address(), &address)?;
+    crash::point("shim.launch.address-written");
     if let Some(listener) = listen(&socket)? {
+        crash::point("shim.launch.bound");
         let pid = leave_behind(arguments, &input, &bundle, &listener).map_err(|error| {
             let _ = fs::remove_file(&socket);
             format!("leave a shim behind: {error}")
         })?;
+        crash::point("shim.launch.spawned");
         if let Some(cgroup) = server::shim_cgroup(&input) {
             Cgroup::make(&cgroup)
                 .and_then(|cgroup| cgroup.add(pid))
                 .map_err(|error| format!("put the shim into cgroup {cgroup}: {error}"))?;
         }
         write(bundle.shim_pid(), &pid.to_string())?;
+        crash::point("shim.launch.pid-written");
     }
-    write(bundle.address(), &address)?;
     say(&said)
 }
 
@@ -264,7 +272,9 @@ fn serve(arguments: &Arguments) -> Result<(), String> {
         events,
         default_runtime(&arguments.namespace),
     );
+    crash::point("shim.serve.begun");
     let done = run_async(live(listener, pod.clone()));
+    crash::point("shim.serve.ended");
     let _ = fs::remove_file(pod.bundle.io_socket());
     if let Some(socket) = socket {
         let _ = fs::remove_file(socket);
@@ -404,6 +414,7 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
         {
             problems.push(error.to_string());
         }
+        crash::point("shim.clean-up.container-deleted");
     }
     if let Err(error) = mounts::unmount(&bundle.rootfs()) {
         problems.push(format!("unmount {}: {error}", bundle.rootfs().display()));
@@ -411,8 +422,10 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
     // A shim that only did not answer in time still owns its pod.
     if !shim_answers(bundle) {
         namespaces::remove(bundle);
+        crash::point("shim.clean-up.namespaces-gone");
         let _ = fs::remove_file(bundle.io_socket());
         remove_dead_socket(bundle);
+        crash::point("shim.clean-up.sockets-gone");
     }
     if !problems.is_empty() {
         return Err(problems.join("; "));
@@ -428,8 +441,16 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
 
 /// Somebody listens where the bundle says its shim is.
 fn shim_answers(bundle: &Bundle) -> bool {
-    fs::read_to_string(bundle.address())
-        .is_ok_and(|address| UnixStream::connect(address.trim_start_matches("unix://")).is_ok())
+    let Ok(address) = fs::read_to_string(bundle.address()) else { return false };
+    let Ok(mut stream) = UnixStream::connect(address.trim().trim_start_matches("unix://")) else {
+        return false;
+    };
+    // A process that is dying lets go of its listener last, after what takes the kernel long; until
+    // then it takes connections, and breaks them. A shim that lives says nothing before it is asked.
+    let waited = stream.set_read_timeout(Some(DYING)).and_then(|()| stream.read(&mut [0]));
+    waited.is_err_and(|error| {
+        matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
+    })
 }
 
 /// Removes the socket that a shim which was killed has left. A bundle of a container names its pod's

@@ -13,6 +13,7 @@
 pub mod bundle;
 pub mod cgroup;
 pub mod control;
+pub mod crash;
 pub mod options;
 pub mod timestamp;
 

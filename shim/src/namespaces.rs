@@ -30,6 +30,7 @@ use tokio::io::AsyncReadExt as _;
 
 use crate::{
     bundle::{Bundle, Namespace},
+    crash,
     options::{IdMap, PodOptions, UserMappings},
     process::{Owned, Reaper, check},
 };
@@ -167,6 +168,7 @@ pub(crate) async fn create(
         return Ok(Made { init: None });
     }
     pin_directory(bundle).map_err(io_error("make the directory of namespaces"))?;
+    crash::point("shim.sandbox.directory-made");
     let made = tokio::time::timeout(DEADLINE, run(bundle, options, flags, netns, reaper))
         .await
         .unwrap_or(Err(Error::Deadline(DEADLINE)));
@@ -209,7 +211,7 @@ async fn run(
     ours.set_nonblocking(true).map_err(io_error("socketpair"))?;
     // The pod's init becomes our child when the helper ends; its pid is known only then.
     let launch = reaper.launch();
-    let helper = fork(&Plan { options, flags, netns }, &ours, theirs, reaper)?;
+    let helper = fork(&Plan { options, flags, netns }, theirs, reaper)?;
     let helper = Ended(helper);
     let mut wire = tokio::net::UnixStream::from_std(ours).map_err(io_error("socketpair"))?;
 
@@ -251,6 +253,7 @@ async fn run(
             }
             return Err(Error::Io { what: "pin a namespace", source });
         }
+        crash::point("shim.sandbox.namespace-pinned");
     }
     // The helper goes when it sees the end of the wire.
     drop(wire);
@@ -317,18 +320,12 @@ struct Plan<'a> {
 /// Forks the helper. The shim has one thread, so its child may do anything a process may; but it
 /// leaves by `_exit`, for nothing of the shim's is its own to drop.
 #[expect(unsafe_code, reason = "fork(2), _exit(2)")]
-fn fork(
-    plan: &Plan<'_>,
-    ours: &UnixStream,
-    wire: UnixStream,
-    reaper: &Arc<Reaper>,
-) -> Result<Owned, Error> {
+fn fork(plan: &Plan<'_>, wire: UnixStream, reaper: &Arc<Reaper>) -> Result<Owned, Error> {
     // SAFETY: there is no other thread whose locks the child could inherit.
     match unsafe { libc::fork() } {
         -1 => Err(Error::Io { what: "fork", source: io::Error::last_os_error() }),
         0 => {
-            // SAFETY: the child's copy, which would keep it from seeing the shim's end of the wire.
-            unsafe { libc::close(ours.as_raw_fd()) };
+            close_all_but(wire.as_raw_fd());
             let code = i32::from(helper(plan, &wire).is_err());
             // SAFETY: nothing is dropped and no handler runs.
             unsafe { libc::_exit(code) }
@@ -336,6 +333,19 @@ fn fork(
         pid => {
             drop(wire);
             reaper.own(pid.unsigned_abs()).map_err(io_error("open the helper"))
+        }
+    }
+}
+
+/// Closes what the helper has of the shim's: its end of the wire, whose end would not be seen, and its
+/// sockets, where a shim that has died would seem to answer for as long as the helper lives.
+#[expect(unsafe_code, reason = "close_range(2)")]
+fn close_all_but(kept: i32) {
+    let kept = kept.unsigned_abs();
+    for (first, last) in [(3, kept - 1), (kept + 1, libc::c_uint::MAX)] {
+        if first <= last {
+            // SAFETY: nothing in the child uses them: it leaves by `_exit`, without a drop.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
         }
     }
 }

@@ -25,7 +25,7 @@ use tokio::sync::{Notify, watch};
 use crate::{
     bundle::{Bundle, Exit, ExitRecord, replace},
     cgroup::Cgroup,
-    mounts, namespaces,
+    crash, mounts, namespaces,
     options::PodOptions,
     process::{Owned, Reaper, lock, report},
     publish::Events,
@@ -199,6 +199,8 @@ pub(crate) struct Container {
     /// Its PID namespace has other processes too, so the kernel does not end them all with init.
     shares_pids: bool,
     pub(crate) paused: AtomicBool,
+    /// The runtime could not be made to forget it after it was not made.
+    undeleted: AtomicBool,
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
@@ -509,6 +511,9 @@ impl Pod {
         let kept = serde_json::to_vec(&create.runtime).map_err(io::Error::from);
         kept.and_then(|kept| replace(&bundle.options(), &kept, false))
             .map_err(io_error("keep the runtime options"))?;
+        crash::point("shim.create.options-kept");
+        ExitRecord::reserve(bundle.exit_record())
+            .map_err(io_error("take space for the exit record"))?;
         let own_pids = spec.linux.namespaces.iter().any(|n| n.kind == "pid" && n.path.is_empty());
         mounts::mount_all(&create.rootfs, &bundle.rootfs())
             .map_err(io_error("mount the root file system"))?;
@@ -522,6 +527,7 @@ impl Pod {
             oom_kills_before: OnceLock::new(),
             shares_pids: !own_pids,
             paused: AtomicBool::new(false),
+            undeleted: AtomicBool::new(false),
             deleting: tokio::sync::Mutex::new(()),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
@@ -534,7 +540,10 @@ impl Pod {
                     if container.mounted {
                         let _ = mounts::unmount(&container.bundle.rootfs());
                     }
-                    let _ = fs::remove_file(container.bundle.options());
+                    // How the runtime was called is what a later `delete` goes by.
+                    if !container.undeleted.load(Ordering::Relaxed) {
+                        let _ = fs::remove_file(container.bundle.options());
+                    }
                     return Err(error);
                 }
             };
@@ -577,6 +586,7 @@ impl Pod {
         }
         let console = io.console();
         let given = io.take_given();
+        crash::point("shim.create.streams-open");
         let pid_file = container.bundle.init_pid();
         let _ = fs::remove_file(&pid_file);
         let launch = self.reaper.launch();
@@ -593,6 +603,7 @@ impl Pod {
                 },
             )
             .await;
+        crash::point("shim.create.runtime-created");
         let adopted = match created {
             Ok(()) => self.adopt(container, &mut io, &pid_file).await,
             Err(error) => {
@@ -619,11 +630,16 @@ impl Pod {
         *lock(&container.init.io) = Some(io);
         container.init.stage.send_replace(Stage::Created { pid });
         self.watch_init(container.clone(), owned);
+        crash::point("shim.create.adopted");
         Ok(pid)
     }
 
     async fn delete_by_force(&self, container: &Container) {
-        let _ = container.runtime.delete(&self.reaper, &container.id, true).await;
+        if let Err(error) = container.runtime.delete(&self.reaper, &container.id, true).await {
+            report!("container {}: it is not made, and not deleted: {error}", container.id);
+            container.undeleted.store(true, Ordering::Relaxed);
+        }
+        crash::point("shim.create.undone");
     }
 
     /// Takes over the process that the runtime has made: its pidfd, its cgroup, its output.
@@ -693,6 +709,7 @@ impl Pod {
         let pid = match container.init.stage() {
             Stage::Created { pid } => {
                 container.runtime.start(&self.reaper, &container.id).await?;
+                crash::point("shim.start.runtime-started");
                 pid
             }
             Stage::New => self.restore(container).await?,
@@ -800,11 +817,13 @@ impl Pod {
         })
         .await;
         container.init.drain().await;
+        crash::point("shim.exit.drained");
 
         let record = ExitRecord { pid, status: exit, at, oom_killed };
         if let Err(error) = record.store(container.bundle.exit_record()) {
             report!("container {}: write its exit record: {error}", container.id);
         }
+        crash::point("shim.exit.recorded");
         if kills > before {
             let mut told = event::TaskOOM::new();
             told.container_id = container.id.clone();
@@ -812,6 +831,7 @@ impl Pod {
         }
         let ended = Ended { pid, status: exit.wire_status(), at };
         self.tell_exit(&container.id, &container.id, ended);
+        crash::point("shim.exit.told");
         container.init.stage.send_replace(Stage::Ended(ended));
         self.leave.notify_one();
     }
@@ -884,6 +904,7 @@ impl Pod {
                 },
             )
             .await;
+        crash::point("shim.exec.runtime-started");
         let pid = read_pid(&pid_file);
         let _ = fs::remove_file(&pid_file);
         if let Err(error) = started {
@@ -902,6 +923,7 @@ impl Pod {
         *lock(&process.io) = Some(io);
         *lock(&process.owned) = Some(owned.clone());
         process.stage.send_replace(Stage::Running { pid });
+        crash::point("shim.exec.adopted");
 
         let mut told = event::TaskExecStarted::new();
         told.container_id = container.id.clone();
@@ -923,6 +945,7 @@ impl Pod {
             process.drain().await;
             let ended = Ended { pid, status: exit.wire_status(), at };
             pod.tell_exit(&container, &exec, ended);
+            crash::point("shim.exec.ended");
             process.stage.send_replace(Stage::Ended(ended));
         });
         Ok(pid)
@@ -975,6 +998,7 @@ impl Pod {
             }
             container.runtime.delete(&self.reaper, id, true).await?;
         }
+        crash::point("shim.delete.runtime-deleted");
         if let Some(cgroup) = container.cgroup() {
             // The runtime removes what it made; a nested cgroup of the container's own is left.
             let _ = cgroup.kill();
@@ -993,6 +1017,7 @@ impl Pod {
             }
         }
         lock(&self.containers).remove(id);
+        crash::point("shim.delete.forgotten");
 
         let mut told = event::TaskDelete::new();
         told.container_id = id.to_owned();
@@ -1057,6 +1082,7 @@ impl Pod {
             let _ = cgroup.freeze(false);
             container.paused.store(false, Ordering::Relaxed);
         }
+        crash::point("shim.kill.sent");
         sent
     }
 
@@ -1086,7 +1112,9 @@ impl Pod {
         let container = self.container(id)?;
         serde_json::from_slice::<serde::de::IgnoredAny>(resources)
             .map_err(|error| Error::Invalid(format!("the resources are no JSON: {error}")))?;
-        Ok(container.runtime.update(&self.reaper, id, resources).await?)
+        let updated = container.runtime.update(&self.reaper, id, resources).await;
+        crash::point("shim.update.runtime-updated");
+        Ok(updated?)
     }
 
     pub(crate) async fn checkpoint(&self, id: &str, mut how: Checkpoint) -> Called<()> {
@@ -1169,6 +1197,7 @@ impl Pod {
             Ok((sandbox.bundle.clone(), sandbox.options.clone(), sandbox.netns.clone()))
         })?;
         let made = namespaces::create(&bundle, &options, netns.as_deref(), &self.reaper).await;
+        crash::point("shim.sandbox.namespaces-pinned");
         let at = SystemTime::now();
         self.with_sandbox(id, |sandbox| {
             sandbox.starting = false;
@@ -1259,8 +1288,17 @@ impl Pod {
             return Err(Error::Precondition(format!("pod {id} has containers")));
         }
         self.stop_sandbox(id, Duration::ZERO).await?;
+        crash::point("shim.shutdown.stopped");
         let bundle = self.with_sandbox(id, |sandbox| Ok(sandbox.bundle.clone()))?;
         namespaces::remove(&bundle);
+        crash::point("shim.shutdown.namespaces-gone");
+        // Before the answer: after it nobody looks for what a shim leaves that dies on its way out.
+        if let Ok(address) = fs::read_to_string(bundle.address())
+            && let Some(socket) = address.trim().strip_prefix("unix://")
+        {
+            let _ = fs::remove_file(socket);
+        }
+        crash::point("shim.shutdown.socket-gone");
         *lock(&self.sandbox) = None;
         self.exit();
         Ok(())

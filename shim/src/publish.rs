@@ -31,6 +31,8 @@ pub(crate) struct Events {
     queue: Mutex<VecDeque<Envelope>>,
     more: Notify,
     empty: Notify,
+    /// The daemon lives: it has called us.
+    alive: Notify,
 }
 
 impl Events {
@@ -41,6 +43,7 @@ impl Events {
             queue: Mutex::default(),
             more: Notify::new(),
             empty: Notify::new(),
+            alive: Notify::new(),
         }
     }
 
@@ -64,6 +67,13 @@ impl Events {
         }
         queue.push_back(envelope);
         self.more.notify_one();
+    }
+
+    /// The daemon has called, so that it can be told what is queued.
+    pub(crate) fn daemon_is_there(&self) {
+        if !lock(&self.queue).is_empty() {
+            self.alive.notify_one();
+        }
     }
 
     /// Waits until all events are acknowledged, at most `deadline`.
@@ -95,8 +105,9 @@ impl Events {
             if self.forward(&address).await {
                 pause = PAUSE.0;
             } else {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(PAUSE.1);
+                // A daemon that is back calls, and need not wait for what it missed.
+                let called = tokio::time::timeout(pause, self.alive.notified()).await.is_ok();
+                pause = if called { PAUSE.0 } else { (pause * 2).min(PAUSE.1) };
             }
         }
     }

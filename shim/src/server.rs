@@ -96,7 +96,11 @@ fn code(error: &Error) -> Code {
         Error::Namespaces(crate::namespaces::Error::Invalid(_)) => Code::INVALID_ARGUMENT,
         Error::Namespaces(crate::namespaces::Error::Refused { .. }) => Code::INVALID_ARGUMENT,
         Error::Namespaces(crate::namespaces::Error::Deadline(_)) => Code::DEADLINE_EXCEEDED,
-        Error::Namespaces(crate::namespaces::Error::Io { .. }) | Error::Io { .. } => Code::UNKNOWN,
+        Error::Namespaces(crate::namespaces::Error::Io { source, .. })
+        | Error::Io { source, .. } => match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::RESOURCE_EXHAUSTED,
+            _ => Code::UNKNOWN,
+        },
     }
 }
 
@@ -233,6 +237,7 @@ fn config_path(bytes: &[u8]) -> Result<String, protobuf::Error> {
 #[async_trait]
 impl Task for Services {
     async fn state(&self, _: &TtrpcContext, r: api::StateRequest) -> Answer<api::StateResponse> {
+        self.0.events.daemon_is_there();
         Ok(self.0.state(&r.id, &r.exec_id)?)
     }
 

@@ -34,6 +34,7 @@ use std::{
     },
 };
 
+use holdfast_shim::crash;
 use rustix::{
     fs::{
         AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid,
@@ -290,11 +291,13 @@ impl Layers {
             kept.finish()?;
             let recipe = self.shared.ingest.join(recipe_name(staged.number));
             std::fs::rename(recipe, self.shared.recipes.join(&number))?;
+            crash::point("daemon.pull.recipe-placed");
         }
         if let Err(error) = std::fs::rename(&from, self.shared.layers.join(&number)) {
             self.shared.reap(Reap::Path(self.shared.recipes.join(&number)));
             return Err(error);
         }
+        crash::point("daemon.pull.layer-placed");
         staged.placed = true;
         let record = LayerRecord {
             number: staged.number,
@@ -311,7 +314,9 @@ impl Layers {
     /// One call for a whole image: fsync of each file would cost a journal commit each.
     pub fn sync(&self) -> io::Result<()> {
         let root = unpack::open_root(&self.shared.layers)?;
-        Ok(rustix::fs::syncfs(root)?)
+        rustix::fs::syncfs(root)?;
+        crash::point("daemon.pull.synced");
+        Ok(())
     }
 }
 
@@ -356,7 +361,10 @@ async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, places: [PathBuf; 2], st
             }
             Reap::Path(path) => vec![path],
             Reap::Layer(number) => match store.forget_layer(number).await {
-                Ok(true) => places.iter().map(|place| place.join(number.to_string())).collect(),
+                Ok(true) => {
+                    crash::point("daemon.remove-image.layer-forgotten");
+                    places.iter().map(|place| place.join(number.to_string())).collect()
+                }
                 Ok(false) => continue,
                 Err(error) => {
                     // It stays for the next start.
@@ -380,6 +388,7 @@ async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, places: [PathBuf; 2], st
         if removed.await.is_err() {
             return;
         }
+        crash::point("daemon.remove-image.layer-gone");
     }
 }
 

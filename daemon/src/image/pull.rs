@@ -14,6 +14,7 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use futures::{StreamExt, TryStreamExt};
+use holdfast_shim::crash;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
@@ -510,7 +511,10 @@ impl Fetch<'_> {
             let unpacked =
                 open().and_then(|source| stream::unpack_layer(source, &expected, &path, &recipe));
             let unpacked = match unpacked {
-                Ok(unpacked) => Ok(slot.filled(unpacked)),
+                Ok(unpacked) => {
+                    crash::point("daemon.pull.layer-unpacked");
+                    Ok(slot.filled(unpacked))
+                }
                 Err(source) => {
                     let layer = match expected.content {
                         Some((digest, _)) => digest,

@@ -12,6 +12,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
+use holdfast_shim::crash;
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, ResolveFlags},
     io::Errno,
@@ -253,6 +254,7 @@ impl Snapshots {
             None => {
                 let numbers = layers.iter().map(|layer| layer.id()).collect();
                 self.store.add_snapshot(id, image, numbers).await?;
+                crash::point("daemon.snapshot.recorded");
                 let snapshot = self.describe(id, image.clone(), Some(layers));
                 let mut known = self.known.lock().expect("no panic while it is held");
                 known.insert(id.clone(), snapshot.clone());
@@ -275,7 +277,9 @@ impl Snapshots {
             id: id.clone(),
             source,
         })?;
+        crash::point("daemon.snapshot.directory-gone");
         self.store.remove_snapshot(id).await?;
+        crash::point("daemon.snapshot.forgotten");
         self.known.lock().expect("no panic while it is held").remove(id);
         self.volumes.lock().expect("no panic while it is held").remove(id);
         Ok(())

@@ -12,14 +12,14 @@ use holdfast_shim::{
     bundle::{Bundle, Namespace},
     cgroup::Cgroup,
     client::{Client, CreateTask, ErrorKind, TaskStatus},
-    options,
+    crash, options,
 };
 use tracing::warn;
 
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, foreign, io_at, readback, recover,
+    extras, foreign, io_at, leftover, readback, recover,
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
@@ -74,6 +74,7 @@ pub(super) async fn create(
         config,
     };
     services.store.put_container(&record).await?;
+    crash::point("daemon.create.intent-recorded");
     let client = pod.client().await?;
     let made = make(&services, &view, &client, &mut record, &image, &volumes).await;
     // The pod may have been stopped while the runtime was at work.
@@ -92,19 +93,44 @@ pub(super) async fn create(
             Ok(Effect::Created(Box::new(record)))
         }
         Err(error) => {
-            let undone = take_away(&services, Some(&client), &record).await;
-            remove_cgroup(&services, &view.record, &id).await;
-            let undone = match undone {
-                Ok(()) => services.store.delete_container(&id).await.map_err(Error::from),
-                Err(error) => Err(error),
+            let (pod, record) = (view.record.clone(), Arc::new(record));
+            let undo = move || {
+                let (services, pod) = (services.clone(), pod.clone());
+                let (client, record) = (client.clone(), record.clone());
+                async move { undo(&services, &client, &pod, &record).await }
             };
-            if let Err(error) = undone {
-                // Its record stays, so that the next start takes it away.
-                warn!(container = id.short(), error = %chain(&error), "not all undone");
+            if let Err(error) = undo().await {
+                leftover::later("a container that was not made", &error, undo);
             }
             Err(error)
         }
     }
+}
+
+/// Takes away a container that was not made, its record last. May be repeated.
+async fn undo(
+    services: &Services,
+    client: &Client,
+    pod: &PodRecord,
+    record: &ContainerRecord,
+) -> Result<(), Error> {
+    let id = &record.id;
+    // When the shim has no such container, the OCI runtime could not be made to forget it.
+    let unknown = async || {
+        let state = client.state(id.as_str(), "").await;
+        state.is_err_and(|e| matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed))
+    };
+    if services.shims.container_bundle(id).options().exists() && unknown().await {
+        let deleted = services.shims.delete_dead(id, &pod.runtime).await;
+        deleted.map_err(|source| Error::Task { what: "delete", id: id.clone(), source })?;
+    }
+    let undone = take_away(services, Some(client), record).await;
+    crash::point("daemon.create.undone");
+    remove_cgroup(services, pod, id).await;
+    undone?;
+    services.store.delete_container(id).await?;
+    crash::point("daemon.create.undone-and-forgotten");
+    Ok(())
 }
 
 async fn make(
@@ -121,6 +147,7 @@ async fn make(
     let runtime = view.record.runtime.clone();
     let image_error = |source| Error::Image { name: name.clone(), source };
     let snapshot = services.images.create_snapshot(&record.id, image).await.map_err(image_error)?;
+    crash::point("daemon.create.snapshot-made");
     let held = volumes::hold(services, &record.id, volumes).await.map_err(image_error)?;
 
     let bundle = services.shims.container_bundle(&record.id);
@@ -135,6 +162,7 @@ async fn make(
     .await
     .unwrap_or(Err(Error::Panicked))?;
     record.user = user;
+    crash::point("daemon.create.prepared");
 
     if let Some(handler) = &view.record.foreign {
         let created = foreign::create(services, &view.record, handler, record, &bundle).await;
@@ -162,7 +190,9 @@ async fn make(
         checkpoint: String::new(),
     };
     // The runtimes look for the command here already; not all of them name it.
-    client.create(task).await.map_err(|source| Error::Create { name, command, source })
+    let created = client.create(task).await;
+    crash::point("daemon.create.task-created");
+    created.map_err(|source| Error::Create { name, command, source })
 }
 
 #[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
@@ -262,10 +292,12 @@ fn prepare(
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
     let json = serde_json::to_vec(&spec).expect("a spec serialises");
     std::fs::write(bundle.config(), json).map_err(io_at("write", &bundle.config()))?;
+    crash::point("daemon.create.spec-written");
     if let Some(dir) = record.log.parent().filter(|d| !d.as_os_str().is_empty()) {
         std::fs::create_dir_all(dir).map_err(io_at("make log directory", dir))?;
     }
     mounted.attach(&rootfs).map_err(image_error)?;
+    crash::point("daemon.create.root-mounted");
     made_dirs.keep();
     Ok(user)
 }
@@ -337,6 +369,7 @@ pub(super) async fn start(
         Err(error) if error.kind() == ErrorKind::Precondition && runs(&client, &id).await => {}
         Err(source) => return Err(Error::Task { what: "start", id, source }),
     }
+    crash::point("daemon.start.task-started");
     Ok(Effect::Started { id, at })
 }
 
@@ -382,12 +415,14 @@ pub(super) async fn stop(
         // Asked once: to some programs a second SIGTERM means "at once".
         if !container.asked_to_stop.swap(true, Ordering::Relaxed) {
             kill(&client, &id, container.record.stop_signal, false).await?;
+            crash::point("daemon.stop.asked");
         }
         if ended(services, &pod, &client, &id, grace).await? {
             return Ok(());
         }
     }
     kill(&client, &id, libc::SIGKILL, true).await?;
+    crash::point("daemon.stop.killed");
     match ended(services, &pod, &client, &id, AFTER_KILL).await? {
         true => Ok(()),
         false => Err(Error::StillRuns { id, after: AFTER_KILL }),
@@ -470,12 +505,15 @@ pub(super) async fn free(
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => {}
             Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
         }
+        crash::point("daemon.free.task-deleted");
     }
     let unmounted = tokio::task::spawn_blocking(move || {
         unmount(&bundle.rootfs())?;
         volumes::unmount_images(&bundle)
     });
-    unmounted.await.unwrap_or(Err(Error::Panicked))
+    let unmounted = unmounted.await.unwrap_or(Err(Error::Panicked));
+    crash::point("daemon.free.root-unmounted");
+    unmounted
 }
 
 /// Removes a container, killing it first if it runs.
@@ -507,8 +545,12 @@ pub(super) async fn take_away(
     free(services, client, id).await?;
     let image = services.images.remove_snapshot(id).await;
     image.map_err(|source| Error::Image { name: record.config.name.clone(), source })?;
+    crash::point("daemon.remove.snapshot-gone");
     volumes::remove(services, id).await?;
-    remove_dir(services.shims.container_bundle(id).dir()).await
+    crash::point("daemon.remove.volumes-gone");
+    remove_dir(services.shims.container_bundle(id).dir()).await?;
+    crash::point("daemon.remove.bundle-gone");
+    Ok(())
 }
 
 /// Removes the cgroup of a container that was not made. crun leaves it when a limit is refused, and
@@ -537,6 +579,27 @@ pub(super) async fn discard(
     pod: Pod,
     record: ContainerRecord,
 ) -> Result<Effect, Error> {
+    let undone = discard_once(&services, &pod, &record).await;
+    if let Err(error) = undone {
+        let record = record.clone();
+        leftover::later("a container that a crash left", &error, move || {
+            let (services, pod, record) = (services.clone(), pod.clone(), record.clone());
+            async move {
+                discard_once(&services, &pod, &record).await?;
+                Ok(services.store.delete_container(&record.id).await?)
+            }
+        });
+        return Err(error);
+    }
+    crash::point("daemon.discard.done");
+    Ok(Effect::Removed(record.id))
+}
+
+async fn discard_once(
+    services: &Services,
+    pod: &Pod,
+    record: &ContainerRecord,
+) -> Result<(), Error> {
     let client = pod.client().await.ok();
     if client.is_none() {
         let bundle = services.shims.container_bundle(&record.id);
@@ -550,9 +613,9 @@ pub(super) async fn discard(
             })?;
         }
     }
-    take_away(&services, client.as_ref(), &record).await?;
-    remove_cgroup(&services, &pod.view().record, &record.id).await;
-    Ok(Effect::Removed(record.id))
+    take_away(services, client.as_ref(), record).await?;
+    remove_cgroup(services, &pod.view().record, &record.id).await;
+    Ok(())
 }
 
 /// Takes the CPU quota of a process's cgroup away, on version 1. Whether that was done.
@@ -590,6 +653,7 @@ pub(super) async fn update(
             updated = client.update(id.as_str(), json).await;
         }
         updated.map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;
+        crash::point("daemon.update.task-updated");
         if let Some(pid) = record.state.pid() {
             // It may end any time: then what was asked is all there is to say.
             let asked = merged.clone();

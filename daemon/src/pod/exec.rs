@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use holdfast_shim::client::{Client, ErrorKind, ExecTask};
+use holdfast_shim::{
+    client::{Client, ErrorKind, ExecTask},
+    crash,
+};
 use nix::sys::stat::Mode;
 use tokio::{
     io::AsyncReadExt,
@@ -123,6 +126,7 @@ impl Exec {
             (true, true) => &["stdin", "stdout"],
         };
         let fifos = Fifos::make(dir.clone(), names).map_err(io_at("make FIFOs in", &dir))?;
+        crash::point("daemon.exec.fifos-made");
         // Ours first, so that the shim's open does not wait for us.
         let reader = |name| {
             let path = fifos.path(name);
@@ -157,6 +161,7 @@ impl Exec {
             .exec(id.as_str(), &exec.name, task)
             .await
             .map_err(|source| exec.failed("exec in", source))?;
+        crash::point("daemon.exec.registered");
         Ok((exec, pipes))
     }
 
@@ -167,12 +172,14 @@ impl Exec {
     /// Runs it.
     pub(crate) async fn start(&self) -> Result<(), Error> {
         let started = self.client.start(self.container.as_str(), &self.name).await;
+        crash::point("daemon.exec.started");
         started.map(drop).map_err(|source| self.failed("exec in", source))
     }
 
     /// Its exit code, when it has ended.
     pub(crate) async fn wait(&self) -> Result<i32, Error> {
         let exited = self.client.wait(self.container.as_str(), &self.name).await;
+        crash::point("daemon.exec.ended");
         let exited = exited.map_err(|source| self.failed("wait for a command in", source))?;
         Ok(exited.status as i32)
     }
@@ -210,6 +217,7 @@ impl Exec {
     /// Frees what the shim holds of it.
     pub(crate) async fn reap(self) {
         let deleted = self.client.delete(self.container.as_str(), &self.name).await;
+        crash::point("daemon.exec.deleted");
         self.note("delete", deleted);
     }
 

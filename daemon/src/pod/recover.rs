@@ -15,6 +15,7 @@ use std::{
 use holdfast_shim::{
     bundle::ExitRecord,
     client::{Client, ErrorKind, TaskStatus},
+    crash,
 };
 use tracing::{info, warn};
 
@@ -48,6 +49,7 @@ impl Pods {
         // FIFOs of execs that nobody waits for any more.
         remove_dir(&self.services.config.state.join("exec")).await?;
         let (pods, containers) = self.services.store.load().await?;
+        crash::point("daemon.recover.records-read");
         let mut by_pod: BTreeMap<PodId, Vec<ContainerRecord>> = BTreeMap::new();
         for container in containers {
             by_pod.entry(container.pod.clone()).or_default().push(container);
@@ -142,7 +144,10 @@ impl Pods {
             unmount(&at.shm())
         });
         unmounted.await.unwrap_or(Err(Error::Panicked))?;
-        remove_dir(bundle.dir()).await
+        crash::point("daemon.sweep.unmounted");
+        remove_dir(bundle.dir()).await?;
+        crash::point("daemon.sweep.bundle-gone");
+        Ok(())
     }
 
     /// Takes it that the kernel killed a process of a container for want of memory.
@@ -207,6 +212,7 @@ pub(super) async fn reach(
         match services.shims.connect(endpoint).await {
             Ok(client) => match look(&services, &client, &live).await {
                 Ok(Missed { started, exits }) => {
+                    crash::point("daemon.recover.shim-reached");
                     return Ok(Effect::Linked { client, started, exits });
                 }
                 Err(error) => warn!(error = %chain(&error), "the shim did not say all"),
@@ -295,6 +301,7 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
         {
             warn!(container = id.short(), error = %chain(&error), "clean up after a dead shim");
         }
+        crash::point("daemon.bury.cleaned-up");
         let (at, how) = match before.or_else(|| recorded(&path)) {
             Some(record) => (record.at, exit_of(&record)),
             // Nobody else was there to kill it.

@@ -11,19 +11,19 @@ use holdfast_protos::shim::protobuf::well_known_types::any::Any;
 use holdfast_shim::{
     bundle::{Bundle, Namespace},
     client::{Client, CreateSandbox, Endpoint, ErrorKind},
+    crash,
     options::{IdMap, PodOptions, UserMappings},
 };
 use rustix::mount::{MountFlags, UnmountFlags};
-use tracing::warn;
 
 use super::{
     Error, Pod, Services,
     config::{IdMapping, PidMode, PodConfig},
-    container, foreign, io_at,
+    container, foreign, io_at, leftover,
     task::Effect,
     volumes,
 };
-use crate::{error::chain, network::Attach, shims::private_dir, spec, store::pods::PodRecord};
+use crate::{network::Attach, shims::private_dir, spec, store::pods::PodRecord};
 
 /// Size of a pod's /dev/shm; what Docker made everybody's default.
 const SHM_SIZE: &str = "64m";
@@ -41,6 +41,7 @@ pub(super) async fn bring_up(
     record: Arc<PodRecord>,
 ) -> Result<Effect, Error> {
     services.store.put_pod(&record).await?;
+    crash::point("daemon.pod.intent-recorded");
     match steps(&services, &record).await {
         Ok(up) => Ok(Effect::Up(up)),
         Err(error) => {
@@ -50,16 +51,23 @@ pub(super) async fn bring_up(
     }
 }
 
-async fn undo(services: &Arc<Services>, record: &PodRecord) {
-    // What cannot be undone now keeps its record, and is tried again at the next start.
-    let undone = take_away(services, record).await;
-    let forgotten = match undone {
-        Ok(()) => services.store.delete_pod(&record.id).await.map_err(Error::from),
-        Err(error) => Err(error),
-    };
-    if let Err(error) = forgotten {
-        warn!(error = %chain(&error), "a pod that did not come up is not all undone");
+async fn undo(services: &Arc<Services>, record: &Arc<PodRecord>) {
+    if let Err(error) = undo_once(services, record).await {
+        let (services, record) = (services.clone(), record.clone());
+        leftover::later("a pod that did not come up", &error, move || {
+            let (services, record) = (services.clone(), record.clone());
+            async move { undo_once(&services, &record).await }
+        });
     }
+}
+
+/// May be repeated. What is not undone keeps its record.
+async fn undo_once(services: &Arc<Services>, record: &PodRecord) -> Result<(), Error> {
+    take_away(services, record).await?;
+    crash::point("daemon.pod.undone");
+    services.store.delete_pod(&record.id).await?;
+    crash::point("daemon.pod.undone-and-forgotten");
+    Ok(())
 }
 
 /// Takes away a pod that a crash left half made.
@@ -67,8 +75,19 @@ pub(super) async fn discard(
     services: Arc<Services>,
     record: Arc<PodRecord>,
 ) -> Result<Effect, Error> {
-    take_away(&services, &record).await?;
-    Ok(Effect::Gone)
+    match take_away(&services, &record).await {
+        Ok(()) => {
+            crash::point("daemon.pod.discarded");
+            Ok(Effect::Gone)
+        }
+        Err(error) => {
+            leftover::later("a pod that a crash left", &error, move || {
+                let (services, record) = (services.clone(), record.clone());
+                async move { undo_once(&services, &record).await }
+            });
+            Err(error)
+        }
+    }
 }
 
 /// Takes away all of a pod that never had a container. May be repeated.
@@ -86,13 +105,16 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
         return Err(Error::NoMappedLayers { id: id.clone(), major, minor });
     }
     volumes::owned_dir(bundle.dir(), config.namespaces.user.as_ref())?;
+    crash::point("daemon.pod.bundle-made");
     let files = {
         let (bundle, config) = (bundle.clone(), config.clone());
         tokio::task::spawn_blocking(move || make_files(&bundle, &config))
     };
     let shim = |what| move |source| Error::Shim { what, id: id.clone(), source };
     let (endpoint, client) = services.shims.start(id).await.map_err(shim("start the shim"))?;
+    crash::point("daemon.pod.shim-started");
     files.await.unwrap_or(Err(Error::Panicked))?;
+    crash::point("daemon.pod.files-made");
 
     let sandbox = CreateSandbox {
         id: id.to_string(),
@@ -102,7 +124,9 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
         annotations: config.annotations.clone().into_iter().collect(),
     };
     client.create_sandbox(sandbox).await.map_err(shim("make the namespaces"))?;
+    crash::point("daemon.pod.sandbox-described");
     client.start_sandbox(id.as_str()).await.map_err(shim("make the namespaces"))?;
+    crash::point("daemon.pod.namespaces-made");
 
     let ips = if config.namespaces.host_network {
         Vec::new()
@@ -120,9 +144,11 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
             cgroup_parent: config.cgroup_parent.clone(),
         };
         let attached = services.network.attach(&attach).await;
+        crash::point("daemon.pod.attached");
         let ips = attached.map_err(|source| Error::Network { id: id.clone(), source })?.ips;
         let path = bundle.hosts();
         fs::write(&path, hosts(&hostname(config), &ips)).map_err(io_at("write", &path))?;
+        crash::point("daemon.pod.hosts-written");
         ips
     };
     foreign::bring_up(services, record).await?;
@@ -220,6 +246,7 @@ fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
         let options = std::ffi::CString::new(options).expect("no NUL in it");
         rustix::mount::mount("shm", &shm, "tmpfs", flags, options.as_c_str())
             .map_err(|e| io_at("mount", &shm)(e.into()))?;
+        crash::point("daemon.pod.shm-mounted");
         give_to_root(&shm, config)?;
     }
     Ok(())
@@ -256,11 +283,14 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
                 Err(error) => return Err(error),
             }
         }
+        crash::point("daemon.stop-pod.containers-stopped");
         for id in view.containers.keys() {
             container::free(&services, client.as_ref(), id).await?;
         }
+        crash::point("daemon.stop-pod.containers-freed");
     }
     tear_down(&services, &view.record, client).await?;
+    crash::point("daemon.stop-pod.torn-down");
     Ok(Effect::Stopped)
 }
 
@@ -271,8 +301,10 @@ pub(super) async fn remove(services: Arc<Services>, pod: Pod) -> Result<Effect, 
     for container in view.containers.values() {
         container::take_away(&services, None, &container.record).await?;
     }
+    crash::point("daemon.remove-pod.containers-gone");
     let bundle = services.shims.pod_bundle(&pod.id);
     remove_dir(bundle.dir()).await?;
+    crash::point("daemon.remove-pod.bundle-gone");
     Ok(Effect::Gone)
 }
 
@@ -288,29 +320,39 @@ async fn tear_down(
     // While the namespace is still there: plugins look into it.
     let detached = services.network.detach(id).await;
     detached.map_err(|source| Error::Network { id: id.clone(), source })?;
+    crash::point("daemon.stop-pod.detached");
 
     let client = match client {
         Some(client) => Some(client),
         None => live_shim(services, record).await,
     };
     let shim = |what| move |source| Error::Shim { what, id: id.clone(), source };
+    let mut dead = client.is_none();
     if let Some(client) = client {
         let gone = |kind| matches!(kind, ErrorKind::NotFound | ErrorKind::Closed);
         match client.stop_sandbox(id.as_str(), Duration::from_secs(10)).await {
             Err(error) if !gone(error.kind()) => return Err(shim("stop the shim")(error)),
-            Ok(_) | Err(_) => {}
+            // It died while we asked: to a connection that is still open it may have seemed alive.
+            Err(error) => dead = error.kind() == ErrorKind::Closed,
+            Ok(_) => {}
         }
+        crash::point("daemon.stop-pod.sandbox-stopped");
         match client.shutdown_sandbox(id.as_str()).await {
             Err(error) if !gone(error.kind()) => return Err(shim("end the shim")(error)),
-            Ok(_) | Err(_) => {}
+            Err(error) => dead |= error.kind() == ErrorKind::Closed,
+            Ok(_) => {}
         }
-    } else if bundle.dir().exists() {
+        crash::point("daemon.stop-pod.shim-ended");
+    }
+    if dead && bundle.dir().exists() {
         services.shims.delete_dead_pod(id).await.map_err(shim("clean up after the shim"))?;
+        crash::point("daemon.stop-pod.cleaned-up-after-shim");
     }
     let (bundle, own_cgroup) = (bundle.clone(), record.config.cgroup_parent.is_empty());
     let of = id.clone();
     tokio::task::spawn_blocking(move || {
         unmount(&bundle.shm())?;
+        crash::point("daemon.stop-pod.shm-unmounted");
         if own_cgroup {
             // Containers without a parent of the kubelet's live below a group of ours.
             let path = spec::own_cgroup(&of);

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use holdfast_shim::client::Client;
+use holdfast_shim::{client::Client, crash};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
@@ -551,6 +551,7 @@ impl Owner {
                     self.spawn(Op::Discard(None), work);
                     return Err(error);
                 }
+                crash::point("daemon.pod.ready-recorded");
                 self.connected(up.client);
                 self.publish(self.pod.id.clone(), Kind::Started);
                 info!(
@@ -564,6 +565,7 @@ impl Owner {
                 let mut record = (*self.record).clone();
                 record.state = PodState::NotReady;
                 self.save_pod(record).await?;
+                crash::point("daemon.stop-pod.recorded");
                 self.link.send_replace(Link::Down);
                 self.stopping = false;
                 self.publish(self.pod.id.clone(), Kind::Stopped);
@@ -571,6 +573,7 @@ impl Owner {
             }
             Effect::Gone => {
                 services.store.delete_pod(&self.pod.id).await?;
+                crash::point("daemon.remove-pod.forgotten");
                 self.forget();
             }
             Effect::Created(record) => {
@@ -581,6 +584,7 @@ impl Owner {
                     self.spawn(Op::Discard(Some(id)), work);
                     return Err(error.into());
                 }
+                crash::point("daemon.create.recorded");
                 self.making.remove(op);
                 self.containers.insert(id.clone(), Container::new(*record));
                 self.watch_foreign(&id, Duration::ZERO);
@@ -595,6 +599,7 @@ impl Owner {
             }
             Effect::Removed(id) => {
                 services.store.delete_container(&id).await?;
+                crash::point("daemon.remove.forgotten");
                 self.containers.remove(&id);
                 self.early.remove(&id);
                 self.pods.index_mut().containers.remove(&id);
@@ -605,6 +610,7 @@ impl Owner {
                     let mut record = container.view.record.clone();
                     record.config.resources = *resources;
                     services.store.put_container(&record).await?;
+                    crash::point("daemon.update.recorded");
                     container.set(record);
                     // The CRI has no event for it: nothing began or ended.
                     self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
@@ -616,6 +622,7 @@ impl Owner {
                 record.config.overhead = overhead.or(record.config.overhead);
                 record.config.resources = resources.or(record.config.resources);
                 self.save_pod(record).await?;
+                crash::point("daemon.update-pod.recorded");
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
             Effect::Reaped => {}
@@ -777,6 +784,10 @@ impl Owner {
             false => Kind::Started,
         };
         self.pods.services.store.put_container(&record).await?;
+        match kind {
+            Kind::Stopped => crash::point("daemon.exit.recorded"),
+            _ => crash::point("daemon.start.recorded"),
+        }
         container.set(record);
         self.publish(id.clone(), kind);
         Ok(())
