@@ -45,6 +45,7 @@ SHIM_PROFILE := dev
 SHIM_OUT     := debug
 # Crash points exist in such builds alone.
 TEST_FEATURES := --features holdfast-cmd/failpoints
+SHIM_TEST_FEATURES := --features holdfast-cmd/failpoints
 endif
 TEST_BIN   := $(TARGET_DIR)/test-bin
 
@@ -52,13 +53,17 @@ TEST_BIN   := $(TARGET_DIR)/test-bin
 # a registry, the content of test images, and other shims and runtimes to test against. No service of
 # theirs is started.
 PACKAGES   := runc crun containernetworking-plugins iproute2 iptables nftables docker-registry \
-              busybox-static python3 ca-certificates gcc libc6-dev containerd runsc
+              busybox-static e2fsprogs python3 ca-certificates gcc libc6-dev containerd runsc
 
 ##@ Building
 .PHONY: build
 build: ## release binaries: the daemon and the CLI, and the static shim
 	$(CARGO) build --locked --release -p holdfast-cmd --bin holdfastd --bin holdfast
 	RUSTFLAGS="$(SHIM_FLAGS)" $(CARGO) build --locked --profile shim $(SHIM_BUILD)
+	@# Crash points are for the tests alone.
+	@for file in release/holdfastd $(TRIPLE)/shim/$(SHIM); do \
+	  if grep -q -a -e HOLDFAST_CRASH_DIR -e daemon.pod.intent-recorded -e shim.create.adopted $(TARGET_DIR)/$$file; then \
+	    echo "$(TARGET_DIR)/$$file has crash points in it: it was built with the feature failpoints" >&2; exit 1; fi; done
 	@ls -l $(TARGET_DIR)/release/holdfastd $(TARGET_DIR)/release/holdfast $(TARGET_DIR)/$(TRIPLE)/shim/$(SHIM)
 
 .PHONY: install
@@ -108,7 +113,7 @@ unit:
 .PHONY: test-bins
 test-bins: ## the binaries that the integration tests run, gathered in target/test-bin
 	$(CARGO) build --locked $(if $(filter release,$(TEST_PROFILE)),--release) --workspace --bins $(TEST_FEATURES)
-	RUSTFLAGS="$(SHIM_FLAGS)" $(CARGO) build --locked --profile $(SHIM_PROFILE) $(SHIM_BUILD)
+	RUSTFLAGS="$(SHIM_FLAGS)" $(CARGO) build --locked --profile $(SHIM_PROFILE) $(SHIM_BUILD) $(SHIM_TEST_FEATURES)
 	@mkdir -p $(TEST_BIN)
 	@# Links are replaced in one step: tests may be starting from here.
 	@for file in $(TEST_OUT)/holdfastd $(TEST_OUT)/holdfast $(TEST_OUT)/holdfast-testimage $(TRIPLE)/$(SHIM_OUT)/$(SHIM); do \
@@ -123,6 +128,15 @@ test: root deps lint test-bins ## everything: lints, unit tests and the tests wi
 	else \
 	  $(CARGO) test --locked --workspace --no-fail-fast $(TEST_FEATURES) $(if $(TESTS),-- $(TESTS)); \
 	fi
+
+# Seconds that a storm lasts; crash points, exits and OOM kills are at full size too.
+SOAK  ?= 600
+SOAKS ?= binary(crash_points) | binary(storm) | binary(exits) | binary(exhaustion) | binary(stuck) | binary(restart) | binary(faults)
+
+.PHONY: soak
+soak: root deps test-bins ## the tests of survival at full size, an hour or more (root); docs/reliability.md
+	@$(give_back); HOLDFAST_BIN_DIR=$(TEST_BIN) HOLDFAST_SOAK=$(SOAK) \
+	  $(CARGO) nextest run --locked --profile soak --no-fail-fast -p holdfast-integration -E '$(SOAKS)'
 
 .PHONY: bench
 bench: root deps build ## measures against the bare runtimes, and containerd where it is installed (root)

@@ -8,6 +8,7 @@
 pub mod floor;
 pub mod peer;
 pub mod samples;
+pub mod shim;
 
 use std::{
     fs,
@@ -69,12 +70,14 @@ pub enum Section {
     List,
     /// Pull of an image.
     Pull,
+    /// Memory and output of a shim in use.
+    Shim,
 }
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 5] =
-        [Self::Memory, Self::Restart, Self::Lifecycle, Self::List, Self::Pull];
+    pub const ALL: [Self; 6] =
+        [Self::Memory, Self::Restart, Self::Lifecycle, Self::List, Self::Pull, Self::Shim];
 
     /// As `--only` takes it.
     pub fn name(self) -> &'static str {
@@ -84,6 +87,7 @@ impl Section {
             Self::Lifecycle => "lifecycle",
             Self::List => "list",
             Self::Pull => "pull",
+            Self::Shim => "shim",
         }
     }
 }
@@ -134,7 +138,7 @@ pub async fn run(plan: &Plan, samples: &mut Samples, facts: &mut Vec<String>) ->
         side.lifecycle(None).await?;
     }
 
-    let result = sections(plan, samples, &mut sides, &registry, &busybox, &runc).await;
+    let result = sections(plan, samples, facts, &mut sides, &registry, &busybox, &runc).await;
     let mut outcome = result;
     for side in sides {
         let name = side.column;
@@ -147,6 +151,7 @@ pub async fn run(plan: &Plan, samples: &mut Samples, facts: &mut Vec<String>) ->
 async fn sections(
     plan: &Plan,
     samples: &mut Samples,
+    facts: &mut Vec<String>,
     sides: &mut [Side],
     registry: &Registry,
     busybox: &Image,
@@ -185,6 +190,11 @@ async fn sections(
     }
     if wants(Section::Pull) {
         pull(plan, samples, sides, registry).await?;
+    }
+    if wants(Section::Shim) {
+        let loud = registry.push("bench/loud:1", &shim::image()?).await?;
+        let floor = Floor::new(busybox, runc)?;
+        shim::run(plan.quick, samples, sides, &loud, &floor, facts).await?;
     }
     Ok(())
 }

@@ -8,6 +8,8 @@
 //! | `fail-<verb>` | print the file's content as an error (CNI: to standard output) and exit with 1 |
 //! | `die-<verb>` | do as asked, then exit with 1 as if killed before it could tell |
 //!
+//! | `chaos` | each call fails, does its work and fails, is slow, or goes well, as a die falls |
+//!
 //! A `<verb>` is "create", "start", "exec", … for the runtime and "ADD", "DEL", "CHECK" for CNI. A file
 //! `hang-create.2` takes effect on the second such call only. Every call is a line in `calls`.
 
@@ -32,6 +34,13 @@ for mark in "$verb" "$verb.$count"; do
   fi
   if [ -e "$dir/die-$mark" ]; then run "$@"; exit 1; fi
 done
+if [ -e "$dir/chaos" ]; then
+  dice=$(od -An -N1 -tu1 /dev/urandom | tr -d ' ')
+  if [ "$dice" -lt 16 ]; then fail "$dir/chaos"; exit 1; fi
+  if [ "$dice" -lt 32 ]; then run "$@"; exit 1; fi
+  if [ "$dice" -lt 48 ]; then sleep 0.$dice; fi
+  if [ "$dice" -lt 52 ]; then kill -9 $$; fi
+fi
 "#;
 
 /// The files of a script.
@@ -58,7 +67,7 @@ impl Gate {
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if ["hang-", "fail-", "die-"].iter().any(|mark| name.starts_with(mark)) {
+            if ["hang-", "fail-", "die-", "chaos"].iter().any(|mark| name.starts_with(mark)) {
                 fs::remove_file(entry.path())?;
             }
         }
@@ -97,6 +106,14 @@ macro_rules! gate {
             /// The mark cannot be written.
             pub fn die_after(&self, verb: &str) -> Result<()> {
                 self.gate.mark("die", verb, "")
+            }
+            /// From now on calls fail, die after their work, are slow, or go well, at random; those
+            /// that fail do so with this as their error.
+            ///
+            /// # Errors
+            /// The mark cannot be written.
+            pub fn chaos(&self, message: &str) -> Result<()> {
+                fs::write(self.gate.dir.join("chaos"), message).context("write to a gate")
             }
             /// Lets everything that hangs go on, and takes all marks away.
             ///

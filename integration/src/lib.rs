@@ -46,8 +46,11 @@ macro_rules! with_each_runtime {
 
 pub mod bench;
 pub mod binaries;
+pub mod crash;
 pub mod cri;
+pub mod disk;
 pub mod fake;
+pub mod fuse;
 pub mod ground;
 pub mod hugetlb;
 pub mod image;

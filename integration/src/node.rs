@@ -15,7 +15,9 @@ use serde_json::json;
 
 use crate::{
     binaries::{Binaries, binaries},
+    crash::CrashPoints,
     cri::Cri,
+    disk::Disk,
     fake::{GatedCni, GatedRuntime},
     ground::{Ground, Process},
     hugetlb::Hugetlb,
@@ -50,6 +52,8 @@ pub struct Builder {
     default_runtime: String,
     gated_runtime: bool,
     gated_cni: bool,
+    crash_points: bool,
+    disks: Vec<(String, u64)>,
     log_level: String,
     config: String,
     runtime_config: String,
@@ -65,6 +69,8 @@ impl Default for Builder {
             default_runtime: "runc".into(),
             gated_runtime: false,
             gated_cni: false,
+            crash_points: false,
+            disks: Vec::new(),
             log_level: "info,holdfast_daemon=debug,holdfast_shim=debug".into(),
             config: String::new(),
             runtime_config: String::new(),
@@ -94,6 +100,17 @@ impl Builder {
     /// Puts a script before the bridge plugin that can be told to hang or fail.
     pub fn gated_cni(mut self) -> Self {
         self.gated_cni = true;
+        self
+    }
+    /// Lets the daemon and the shims die where a test arms a crash point.
+    pub fn crash_points(mut self) -> Self {
+        self.crash_points = true;
+        self
+    }
+    /// Puts a directory of the node (`root`, `state`, `logs`) on a file system of its own, an ext4 of so
+    /// many MiB.
+    pub fn disk(mut self, directory: &str, mib: u64) -> Self {
+        self.disks.push((directory.into(), mib));
         self
     }
     /// What the daemon logs, instead of almost everything.
@@ -135,9 +152,16 @@ impl Builder {
     ///
     /// # Errors
     /// A binary is missing; the daemon ends or does not answer: the error has the end of its log.
-    pub async fn start(self) -> Result<Node> {
+    pub async fn start(mut self) -> Result<Node> {
         let binaries = binaries()?;
         let ground = Ground::new()?;
+        if self.crash_points {
+            let points = CrashPoints::install(&ground.path().join("crash"))?;
+            self.env.push(points.variable());
+        }
+        let disks = self.disks.iter();
+        let disks = disks.map(|(directory, mib)| Disk::mount(ground.path(), directory, *mib));
+        let disks = disks.collect::<Result<Vec<_>>>()?;
         let hugetlb = Hugetlb::hold(self.default_runtime == "crun")?;
         let gated_cni = if self.gated_cni { Some(GatedCni::install(ground.path())?) } else { None };
         let gated_runtime =
@@ -155,6 +179,7 @@ impl Builder {
             binaries,
             gated_runtime,
             gated_cni,
+            disks,
             ground,
             finished: false,
             _hugetlb: hugetlb,
@@ -178,6 +203,7 @@ pub struct Node {
     binaries: Binaries,
     gated_runtime: Option<GatedRuntime>,
     gated_cni: Option<GatedCni>,
+    disks: Vec<Disk>,
     ground: Ground,
     finished: bool,
     _hugetlb: Hugetlb,
@@ -354,11 +380,16 @@ impl Node {
     /// # Errors
     /// It does not.
     pub fn terminate(&mut self) -> Result<()> {
-        let status = self
-            .daemon
-            .take()
-            .context("the daemon does not run")?
-            .terminate(Duration::from_secs(10))?;
+        self.terminate_within(Duration::from_secs(10))
+    }
+
+    /// The same with another limit.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn terminate_within(&mut self, limit: Duration) -> Result<()> {
+        let daemon = self.daemon.take();
+        let status = daemon.context("the daemon does not run")?.terminate(limit)?;
         ensure!(status.success(), "the daemon ended with {status}\n{}", self.daemon_log(40));
         Ok(())
     }
@@ -405,6 +436,45 @@ impl Node {
         self.daemon = Some(daemon);
         ready.with_context(|| self.daemon_log(60))?;
         Ok(started.elapsed())
+    }
+
+    /// Whether the daemon has ended.
+    ///
+    /// # Errors
+    /// waitpid(2) fails.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        match &mut self.daemon {
+            Some(daemon) => Ok(daemon.try_wait()?.is_some()),
+            None => Ok(true),
+        }
+    }
+
+    /// Starts the daemon again if it has ended, as a supervisor does, and as often as it ends; whether
+    /// it had. Waits until it serves.
+    ///
+    /// # Errors
+    /// It ends again and again, or does not answer in time.
+    pub async fn revive(&mut self) -> Result<bool> {
+        for starts in 0..5 {
+            if !self.has_ended()? {
+                return Ok(starts > 0);
+            }
+            self.daemon = None;
+            if let Err(error) = self.restart().await {
+                ensure!(self.has_ended()?, error);
+            }
+        }
+        bail!("the daemon ends again and again\n{}", self.daemon_log(60))
+    }
+
+    /// The pid in a file of a pod's or container's bundle: `shim.pid`, `init.pid`.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn pid_file(&self, id: &str, name: &str) -> Result<i32> {
+        let path = self.path().join("state/bundles").join(id).join(name);
+        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        Ok(text.trim().parse()?)
     }
 
     /// The last lines of the daemon's log.
@@ -488,6 +558,9 @@ impl Node {
         }
         self.nothing_left_since(&self.baseline).await?;
         self.terminate()?;
+        for disk in self.disks.drain(..) {
+            disk.unmount()?;
+        }
         let left = self.inventory().only(&["mount", "cgroup", "process", "link", "address"]);
         ensure!(left.is_empty(), "left after the daemon:\n{left}");
         self.finished = true;

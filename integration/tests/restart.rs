@@ -2,16 +2,12 @@
 
 use std::{
     collections::BTreeSet,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
-use holdfast_integration::{
-    Node, Pod, eventually, ground::is_zombie, log, node::on, pod::PodBuilder, wait::Look,
-};
-use holdfast_protos::cri;
-use rand::Rng as _;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use holdfast_integration::{Node, Pod, eventually, ground::is_zombie, log, node::on, wait::Look};
 use tokio::time::{Instant, sleep};
 
 /// Pods, containers and addresses that must be the same before and after.
@@ -176,140 +172,50 @@ async fn no_line_of_a_log_is_lost_or_doubled_by_five_restarts() -> Result<()> {
     node.finish().await
 }
 
-/// What the workers of the load did and must find again.
-#[derive(Default)]
-struct Load {
-    /// Ends the workers.
-    over: AtomicBool,
-    /// Rounds that went through.
-    rounds: AtomicUsize,
-    /// Calls that a killed daemon left unanswered, and that were made again.
-    retried: AtomicUsize,
-}
-
-/// Makes the call until a daemon has answered it. Every refusal is an error, except that nobody
-/// answers: so do kubelets see a restart.
-async fn insist<T>(
-    load: &Load,
-    what: &str,
-    call: impl AsyncFn() -> Result<T, tonic::Status>,
-) -> Result<T> {
-    let end = Instant::now() + Duration::from_secs(60);
-    loop {
-        match call().await {
-            Ok(value) => return Ok(value),
-            Err(status) => {
-                let broken = status.code() == tonic::Code::Unavailable
-                    || status.message().contains("transport error")
-                    || status.message().contains("h2 protocol error")
-                    || status.code() == tonic::Code::Cancelled;
-                ensure!(broken && Instant::now() < end, "{what}: {status:?}");
-                load.retried.fetch_add(1, Ordering::Relaxed);
-                sleep(Duration::from_millis(30)).await;
-            }
-        }
-    }
-}
-
-async fn worker(load: &Load, number: usize, image: String, pods: [PodBuilder; 2]) -> Result<()> {
-    let mut attempt = 0;
-    while !load.over.load(Ordering::Relaxed) {
-        attempt += 1;
-        let builder = pods[attempt as usize % 2].clone().attempt(attempt);
-        let what = |step: &str| format!("worker {number}, attempt {attempt}, {step}");
-        let pod = insist(load, &what("run"), async || builder.clone().run().await).await?;
-        let again = insist(load, &what("run again"), async || builder.clone().run().await).await?;
-        ensure!(again.id == pod.id, "a second pod was made for the same name");
-        let create =
-            pod.container(&image).sh("trap 'exit 9' TERM; echo up; while :; do sleep 0.05; done");
-        let container =
-            insist(load, &what("create"), async || create.clone().create().await).await?;
-        match insist(load, &what("start"), async || container.start().await).await {
-            Ok(()) => {}
-            // Started by a daemon that was killed before it could say so.
-            Err(error) => {
-                ensure!(container.is_running().await.unwrap_or(false), "{error:#}");
-            }
-        }
-        let exec =
-            insist(load, &what("exec"), async || container.exec_sync(&["echo", "hello"], 20).await)
-                .await?;
-        ensure!(exec.stdout == b"hello\n", "{exec:?}");
-        insist(load, &what("stop"), async || container.stop(5).await).await?;
-        let status = insist(load, &what("status"), async || container.status().await).await?;
-        ensure!(status.state() == cri::ContainerState::ContainerExited, "{status:?}");
-        ensure!(matches!(status.exit_code, 9 | 137 | 143), "{status:?}");
-        if attempt % 2 == 0 {
-            insist(load, &what("remove container"), async || container.remove().await).await?;
-        }
-        insist(load, &what("stop pod"), async || pod.stop().await).await?;
-        insist(load, &what("remove pod"), async || pod.remove().await).await?;
-        load.rounds.fetch_add(1, Ordering::Relaxed);
-    }
-    Ok(())
-}
-
+/// Being killed is nothing to warn of: who reads the log looks for what is wrong.
 #[tokio::test(flavor = "multi_thread")]
-async fn killed_at_random_under_load_it_loses_nothing_and_leaks_nothing() -> Result<()> {
-    const WORKERS: usize = 4;
-    const KILLS: usize = 8;
+async fn a_kill_with_many_pods_leaves_no_warning_in_the_log() -> Result<()> {
+    let count = if std::env::var_os("HOLDFAST_SOAK").is_some() { 100 } else { 25 };
     let mut node = Node::start().await?;
     let image = node.busybox().await?;
-    // Something that is not touched, and must never notice.
-    let witness = node.pod("witness").run().await?;
-    let container = witness
-        .container(&image)
-        .sh("i=0; while :; do i=$((i+1)); echo line $i; usleep 5000; done")
-        .start()
-        .await?;
-    let before = container.status().await?;
-    let ip = witness.ip().await?;
-    let baseline = node.inventory();
-
-    let load = Load::default();
-    let workers = (0..WORKERS).map(|number| {
-        let name = format!("w{number}");
-        let pods = [node.pod(&name), node.pod(&name).host_network()];
-        worker(&load, number, image.clone(), pods)
-    });
-    let workers: Vec<_> = workers.collect();
-    let workers = async {
-        let done = futures::future::try_join_all(workers).await;
-        // One that failed ends the test, not the others' patience.
-        load.over.store(true, Ordering::Relaxed);
-        done
-    };
-    let killer = async {
-        for _ in 0..KILLS {
-            let pause = rand::rng().random_range(100..1500);
-            sleep(Duration::from_millis(pause)).await;
-            node.kill9()?;
-            node.restart().await?;
-        }
-        let kept_up = eventually(Duration::from_secs(60), "the load to go on", async || {
-            let rounds = load.rounds.load(Ordering::Relaxed);
-            let over = load.over.load(Ordering::Relaxed);
-            Ok(Look::when(rounds >= 2 * WORKERS || over, || format!("{rounds} rounds")))
+    let pods: Vec<_> = stream::iter(0..count)
+        .map(|number| node.pod(&format!("p{number}")).host_network())
+        .map(|builder| async {
+            let pod = builder.run().await?;
+            // Some end while nobody is there.
+            let script = "trap 'exit 3' TERM; while :; do sleep 0.2; done";
+            let container = pod.container(&image).sh(script).start().await?;
+            anyhow::Ok((pod, container))
         })
-        .await;
-        load.over.store(true, Ordering::Relaxed);
-        kept_up
-    };
-    let (worked, killed) = futures::join!(workers, killer);
-    worked.with_context(|| node.daemon_log(80))?;
-    killed?;
-    println!(
-        "{} rounds, {} calls made again, {KILLS} kills",
-        load.rounds.load(Ordering::Relaxed),
-        load.retried.load(Ordering::Relaxed)
-    );
-
-    assert_eq!(container.status().await?, before);
-    assert_eq!(witness.ip().await?, ip);
-    log::numbered(&container.log()?)?;
-    assert_eq!(node.pods().await?.len(), 1);
-    assert_eq!(node.containers().await?.len(), 1);
-    node.nothing_left_since(&baseline).await?;
+        .buffer_unordered(4)
+        .try_collect()
+        .await?;
+    for round in 0..2 {
+        node.kill9()?;
+        // Once: a pid of what has ended may be another's.
+        for (_, container) in pods.iter().take(if round == 0 { 5 } else { 0 }) {
+            let init = node.pid_file(&container.id, "init.pid")?;
+            let init = nix::unistd::Pid::from_raw(init);
+            nix::sys::signal::kill(init, nix::sys::signal::Signal::SIGKILL)?;
+        }
+        node.restart().await?;
+        // The first stop after a start takes no longer than any other.
+        let (pod, container) = pods.last().context("there are pods")?;
+        if container.is_running().await? {
+            let begun = Instant::now();
+            container.stop(10).await?;
+            println!("the first stop took {:?}", begun.elapsed());
+        }
+        pod.stop().await?;
+        for (_, container) in pods.iter().take(5) {
+            assert_eq!(container.wait().await?.exit_code, 137);
+        }
+    }
+    node.remove_all().await?;
+    let log = std::fs::read_to_string(node.path().join("daemon.log"))?;
+    let warnings: Vec<_> =
+        log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).collect();
+    ensure!(warnings.is_empty(), "{}", warnings.join("\n"));
     node.finish().await
 }
 

@@ -80,6 +80,21 @@ impl Floor {
         Ok(Self { ground, runc: runc.into(), plugins, count: 0 })
     }
 
+    /// Its ground.
+    pub fn ground(&self) -> &Ground {
+        &self.ground
+    }
+
+    /// Its bundle, with the image's root file system.
+    pub fn bundle(&self) -> PathBuf {
+        self.ground.path().join("bundle")
+    }
+
+    /// The OCI runtime.
+    pub fn runc_path(&self) -> &Path {
+        &self.runc
+    }
+
     /// One pod's and one container's life.
     ///
     /// # Errors

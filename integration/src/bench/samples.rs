@@ -20,6 +20,8 @@ enum Against {
     Zero,
     /// The median above the floor's.
     Floor,
+    /// The median as a multiple of another's.
+    Times(Column),
 }
 
 /// A limit of the median.
@@ -61,8 +63,13 @@ pub const SHIM: &str = "Shim PSS per pod";
 /// That and what the daemon grew by.
 pub const POD_MEMORY: &str = "Shim + daemon per pod";
 
+/// How much more a shim has after 10,000 execs and 1 GB of output than idle.
+pub const SHIM_GROWTH: &str = "Shim PSS growth in use";
+/// 256 MB in lines of 100 bytes, to the end of the container; the floor is conmon.
+pub const LOG: &str = "Output, 256 MB";
+
 /// In the order of the table, with their units.
-const METRICS: [(&str, &str); 15] = [
+const METRICS: [(&str, &str); 17] = [
     (RUN_POD, "ms"),
     (STOP_POD, "ms"),
     (REMOVE_POD, "ms"),
@@ -78,9 +85,11 @@ const METRICS: [(&str, &str); 15] = [
     (RESTART, "ms"),
     (SHIM, "KiB"),
     (POD_MEMORY, "KiB"),
+    (SHIM_GROWTH, "%"),
+    (LOG, "ms"),
 ];
 
-const BARS: [Bar; 8] = [
+const BARS: [Bar; 12] = [
     Bar { metric: RUN_POD, against: Against::Floor, limit: 10.0 },
     Bar { metric: CREATE_START, against: Against::Floor, limit: 6.0 },
     Bar { metric: STOP, against: Against::Zero, limit: 15.0 },
@@ -89,6 +98,10 @@ const BARS: [Bar; 8] = [
     Bar { metric: RESTART, against: Against::Zero, limit: 150.0 },
     Bar { metric: SHIM, against: Against::Zero, limit: 450.0 },
     Bar { metric: POD_MEMORY, against: Against::Zero, limit: 650.0 },
+    Bar { metric: EXEC, against: Against::Times(FLOOR), limit: 1.15 },
+    Bar { metric: SHIM_GROWTH, against: Against::Zero, limit: 10.0 },
+    Bar { metric: LOG, against: Against::Times(FLOOR), limit: 0.5 },
+    Bar { metric: LOG, against: Against::Times(CONTAINERD), limit: 0.5 },
 ];
 
 /// All figures of a run.
@@ -153,6 +166,7 @@ impl Samples {
             match bar.against {
                 Against::Zero => Some(median),
                 Against::Floor => Some(median - self.median(bar.metric, FLOOR)?),
+                Against::Times(other) => Some(median / self.median(bar.metric, other)?),
             }
         };
         BARS.into_iter()
@@ -165,14 +179,15 @@ impl Samples {
         let mut text = String::new();
         for (bar, seen, other) in self.verdicts() {
             let over = match bar.against {
-                Against::Zero => "",
-                Against::Floor => " above the floor",
+                Against::Zero => String::new(),
+                Against::Floor => " above the floor".to_owned(),
+                Against::Times(other) => format!(" times {other}"),
             };
             let verdict = if seen <= bar.limit { "met" } else { "NOT MET" };
             let other = other.map_or(String::new(), |value| format!(" (containerd {value:.1})"));
             let _ = writeln!(
                 text,
-                "{:<22} {seen:>8.1}{over} <= {}: {verdict}{other}",
+                "{:<22} {seen:>8.2}{over} <= {}: {verdict}{other}",
                 bar.metric, bar.limit
             );
         }
@@ -204,6 +219,10 @@ impl Samples {
                 json!({
                     "name": bar.metric,
                     "above_floor": matches!(bar.against, Against::Floor),
+                    "times": match bar.against {
+                        Against::Times(other) => Some(other),
+                        Against::Zero | Against::Floor => None,
+                    },
                     "limit": bar.limit,
                     "holdfast": seen,
                     "containerd": other,
