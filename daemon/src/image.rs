@@ -22,6 +22,7 @@ pub mod hosts;
 pub mod layers;
 pub mod manifest;
 pub mod overlay;
+mod pipeline;
 pub mod pull;
 pub mod recipe;
 pub mod reference;

@@ -15,7 +15,7 @@ use std::{
 use bytes::{Buf, Bytes};
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::{mpsc, watch};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Image, NewImage, Shared, Stopped, blocking,
@@ -406,7 +406,7 @@ impl Fetch<'_> {
                     let file = std::fs::File::open(path).map_err(stream::Error::Directory)?;
                     Ok(Box::new(file))
                 });
-                self.unpack(open, wanted, slot).await??
+                self.unpack(open, wanted, slot, CancellationToken::new()).await??
             }
         };
         self.phase(index, Phase::Done);
@@ -430,10 +430,18 @@ impl Fetch<'_> {
         let (digest, size) = wanted.content.as_ref().expect("a registry's manifest has it");
         let (pieces, queue) = mpsc::channel(QUEUE);
         let open: Open = Box::new(move || Ok(Box::new(Pieces::new(queue))));
-        let unpack = self.unpack(open, wanted, slot);
+        let gave_up = CancellationToken::new();
+        let unpack = self.unpack(open, wanted, slot, gave_up.clone());
         let feed = async move {
             let mut blob = remote.blob(digest, *size);
-            while let Some(data) = blob.next().await? {
+            loop {
+                let next = tokio::select! {
+                    biased;
+                    // First: a server that says nothing must not keep an error waiting.
+                    () = gave_up.cancelled() => return Ok(()),
+                    next = blob.next() => next?,
+                };
+                let Some(data) = next else { break };
                 let length = data.len() as u64;
                 if pieces.send(Piece::Data(data)).await.is_err() {
                     // The unpacker has given up and says why.
@@ -458,6 +466,7 @@ impl Fetch<'_> {
         open: Open,
         wanted: &Wanted,
         slot: Slot,
+        gave_up: CancellationToken,
     ) -> impl Future<Output = Result<Result<Staged, Error>, Stopped>> + use<> {
         let expected = Expected {
             content: wanted.content.clone(),
@@ -467,8 +476,9 @@ impl Fetch<'_> {
         let token = self.unpackers.token();
         let work = tokio::task::spawn_blocking(move || {
             let (path, recipe) = (slot.path(), slot.recipe());
-            let unpacked =
-                open().and_then(|source| stream::unpack_layer(source, &expected, &path, &recipe));
+            let unpacked = open().and_then(|source| {
+                stream::unpack_layer(source, &expected, &path, &recipe, || gave_up.cancel())
+            });
             let unpacked = match unpacked {
                 Ok(unpacked) => Ok(slot.filled(unpacked)),
                 Err(source) => {

@@ -1,8 +1,9 @@
 //! The bytes of one layer on their way from a source to `unpack`, in one pass:
-//! compressed → size and SHA-256 → inflate → bound and SHA-256 (diff id) → tar → files.
+//! compressed → size and SHA-256 → inflate → bound and SHA-256 (diff id) → tar → files. What runs at
+//! the same time as what is the business of `pipeline`.
 
 use std::{
-    io::{self, BufRead, BufReader, Read},
+    io::{self, BufReader, Read},
     os::fd::AsFd,
     path::Path,
 };
@@ -10,13 +11,11 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
+    pipeline,
     recipe::Recorder,
     unpack::{self, Unpacked},
 };
 use crate::id::Digest;
-
-/// Buffer between inflate and tar, in bytes: large enough that most files are one write(2).
-const BUFFER: usize = 256 << 10;
 
 /// Largest window of a zstd frame, as a power of two: what the zstd tool accepts by default.
 const ZSTD_WINDOW_LOG: u32 = 27;
@@ -75,21 +74,30 @@ pub struct Expected {
 
 /// Unpacks the layer that `source` yields into the new directory `path`, and its recipe into the new
 /// directory `recipe`. Blocks. On an error the directories may be there: the caller removes them.
+///
+/// `give_up` is called when unpacking has failed: a source that waits must end then.
 pub fn unpack_layer(
-    source: impl Read,
+    source: impl Read + Send,
     expected: &Expected,
     path: &Path,
     recipe: &Path,
+    give_up: impl FnOnce(),
 ) -> Result<Unpacked, Error> {
     std::fs::create_dir(path).map_err(Error::Directory)?;
     let root = unpack::open_root(path).map_err(Error::Directory)?;
     let recorder = Recorder::create(recipe).map_err(Error::Directory)?;
 
     let mut content = Hashed::new(source, expected.content.as_ref().map(|(_, size)| *size));
-    let mut plain = Plain::new(inflate(&mut content).map_err(source_error)?, expected.limit);
-    let result = unpack::unpack(&mut plain, root.as_fd(), Some(recorder));
-    let (too_large, diff_id) = (plain.too_large, plain.hash.clone());
-    drop(plain);
+    let passed = pipeline::pass(
+        || inflate(&mut content),
+        expected.limit,
+        |plain| unpack::unpack(plain, root.as_fd(), Some(recorder)),
+        |unpacked| {
+            if unpacked.is_err() {
+                give_up();
+            }
+        },
+    );
 
     // A size or a limit that was passed explains whatever the reader made of it.
     if let Some((_, want)) = &expected.content
@@ -97,10 +105,10 @@ pub fn unpack_layer(
     {
         return Err(Error::Size { got: content.length, want: *want });
     }
-    if too_large {
+    if passed.too_large {
         return Err(Error::TooLarge { limit: expected.limit });
     }
-    let unpacked = result?;
+    let unpacked = passed.result?;
     // Decoders stop at their own end; the digest covers all.
     io::copy(&mut content, &mut io::sink()).map_err(source_error)?;
     if let Some((want, size)) = &expected.content {
@@ -112,7 +120,7 @@ pub fn unpack_layer(
             return Err(Error::Content { got, want: want.clone() });
         }
     }
-    let got = Digest::from_sha256(diff_id.finalize().into());
+    let got = Digest::from_sha256(passed.hash);
     if got != expected.diff_id {
         return Err(Error::DiffId { got, want: expected.diff_id.clone() });
     }
@@ -175,69 +183,5 @@ impl<R: Read> Read for Hashed<R> {
             return Err(io::Error::other("more bytes than the manifest says"));
         }
         Ok(length)
-    }
-}
-
-/// The uncompressed stream: buffered, bounded and hashed.
-struct Plain<R> {
-    source: R,
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
-    hash: Sha256,
-    left: u64,
-    too_large: bool,
-}
-
-impl<R: Read> Plain<R> {
-    fn new(source: R, limit: u64) -> Self {
-        let buffer = vec![0; BUFFER].into_boxed_slice();
-        Self {
-            source,
-            buffer,
-            start: 0,
-            end: 0,
-            hash: Sha256::new(),
-            left: limit,
-            too_large: false,
-        }
-    }
-}
-
-impl<R: Read> Read for Plain<R> {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let buffer = self.fill_buf()?;
-        let length = buffer.len().min(out.len());
-        out[..length].copy_from_slice(&buffer[..length]);
-        self.consume(length);
-        Ok(length)
-    }
-}
-
-impl<R: Read> BufRead for Plain<R> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-            // Decoders give little at a time; a full buffer makes few and large writes.
-            while self.end < self.buffer.len() {
-                match self.source.read(&mut self.buffer[self.end..]) {
-                    Ok(0) => break,
-                    Ok(length) => self.end += length,
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(e),
-                }
-            }
-            if self.end as u64 > self.left {
-                self.too_large = true;
-                return Err(io::Error::other("the layer is too large"));
-            }
-            self.left -= self.end as u64;
-            self.hash.update(&self.buffer[..self.end]);
-        }
-        Ok(&self.buffer[self.start..self.end])
-    }
-
-    fn consume(&mut self, length: usize) {
-        self.start += length;
     }
 }
