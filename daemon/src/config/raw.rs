@@ -71,6 +71,7 @@ pub(super) struct RawImages {
     pub(super) max_parallel_layers: i64,
     pub(super) stall_timeout: String,
     pub(super) max_layer_size: String,
+    pub(super) layer_format: String,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -7,13 +7,13 @@
 //! handles that it holds.
 
 use std::{
-    io::{self, Read},
+    io::{self, BufRead, BufReader, Read},
     path::PathBuf,
     sync::Arc,
 };
 
 use bytes::{Buf, Bytes};
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
 use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -346,14 +346,33 @@ pub(super) async fn layers(
     for (index, wanted) in wanted.iter().enumerate() {
         fetches.push(fetch.layer(index, wanted, &chains[index]));
     }
-    let work = futures::stream::iter(fetches)
-        .buffer_unordered(shared.config.max_parallel_layers.max(1))
-        .try_collect::<Vec<_>>()
-        .await;
+    let mut work =
+        futures::stream::iter(fetches).buffer_unordered(shared.config.max_parallel_layers.max(1));
+    let mut got = Vec::with_capacity(wanted.len());
+    let mut failed = None;
+    while failed.is_none()
+        && let Some(result) = work.next().await
+    {
+        match result {
+            Ok(layer) => got.push(layer),
+            Err(error) => failed = Some(error),
+        }
+    }
+    drop(work);
     // After an error the other unpackers find their queues closed.
     unpackers.close();
     unpackers.wait().await;
-    let mut got = work?;
+    if let Some(error) = failed {
+        // Somebody will try again soon: what is complete need not come again.
+        if matches!(error.kind(), Kind::Unavailable | Kind::Deadline) {
+            let ready = got.into_iter().filter_map(|(_, got)| match got {
+                Got::Ready(layer) => Some(layer),
+                Got::Staged(_) => None,
+            });
+            shared.keep_unfinished(ready.collect());
+        }
+        return Err(error);
+    }
     got.sort_by_key(|(index, _)| *index);
 
     let mut placed = Vec::with_capacity(got.len());
@@ -373,7 +392,7 @@ pub(super) async fn layers(
 }
 
 /// Opens a layer's content, on the thread that reads it.
-type Open = Box<dyn FnOnce() -> Result<Box<dyn Read + Send>, stream::Error> + Send>;
+type Open = Box<dyn FnOnce() -> Result<Box<dyn BufRead + Send>, stream::Error> + Send>;
 
 struct Fetch<'a> {
     shared: &'a Arc<Shared>,
@@ -404,7 +423,7 @@ impl Fetch<'_> {
                 let path = files[index].clone();
                 let open: Open = Box::new(move || {
                     let file = std::fs::File::open(path).map_err(stream::Error::Directory)?;
-                    Ok(Box::new(file))
+                    Ok(Box::new(BufReader::with_capacity(256 << 10, file)))
                 });
                 self.unpack(open, wanted, slot, CancellationToken::new()).await??
             }
@@ -472,6 +491,7 @@ impl Fetch<'_> {
             content: wanted.content.clone(),
             diff_id: wanted.diff_id.clone(),
             limit: self.shared.config.max_layer_size,
+            format: self.shared.config.layer_format,
         };
         let token = self.unpackers.token();
         let work = tokio::task::spawn_blocking(move || {
@@ -525,8 +545,8 @@ impl Pieces {
     }
 }
 
-impl Read for Pieces {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+impl BufRead for Pieces {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         while self.current.is_empty() && !self.ended {
             match self.queue.blocking_recv() {
                 Some(Piece::Data(data)) => self.current = data,
@@ -534,8 +554,18 @@ impl Read for Pieces {
                 None => return Err(io::Error::other("the download was given up")),
             }
         }
-        let length = buffer.len().min(self.current.len());
-        self.current.copy_to_slice(&mut buffer[..length]);
+        Ok(&self.current)
+    }
+
+    fn consume(&mut self, length: usize) {
+        self.current.advance(length);
+    }
+}
+
+impl Read for Pieces {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let length = self.fill_buf()?.len().min(out.len());
+        self.current.copy_to_slice(&mut out[..length]);
         Ok(length)
     }
 }

@@ -3,7 +3,7 @@
 //! the same time as what is the business of `pipeline`.
 
 use std::{
-    io::{self, BufReader, Read},
+    io::{self, BufRead, Read},
     os::fd::AsFd,
     path::Path,
 };
@@ -15,7 +15,7 @@ use super::{
     recipe::Recorder,
     unpack::{self, Unpacked},
 };
-use crate::id::Digest;
+use crate::{config::LayerFormat, id::Digest};
 
 /// Largest window of a zstd frame, as a power of two: what the zstd tool accepts by default.
 const ZSTD_WINDOW_LOG: u32 = 27;
@@ -70,28 +70,38 @@ pub struct Expected {
     pub diff_id: Digest,
     /// Most uncompressed bytes.
     pub limit: u64,
+    /// What it is to become.
+    pub format: LayerFormat,
 }
 
-/// Unpacks the layer that `source` yields into the new directory `path`, and its recipe into the new
+/// Unpacks the layer that `source` yields into the new directory or image `path`, and its recipe into the new
 /// directory `recipe`. Blocks. On an error the directories may be there: the caller removes them.
 ///
 /// `give_up` is called when unpacking has failed: a source that waits must end then.
 pub fn unpack_layer(
-    source: impl Read + Send,
+    source: impl BufRead + Send,
     expected: &Expected,
     path: &Path,
     recipe: &Path,
     give_up: impl FnOnce(),
 ) -> Result<Unpacked, Error> {
-    std::fs::create_dir(path).map_err(Error::Directory)?;
-    let root = unpack::open_root(path).map_err(Error::Directory)?;
+    let root = match expected.format {
+        LayerFormat::Directories => {
+            std::fs::create_dir(path).map_err(Error::Directory)?;
+            Some(unpack::open_root(path).map_err(Error::Directory)?)
+        }
+        LayerFormat::Erofs => None,
+    };
     let recorder = Recorder::create(recipe).map_err(Error::Directory)?;
 
     let mut content = Hashed::new(source, expected.content.as_ref().map(|(_, size)| *size));
     let passed = pipeline::pass(
         || inflate(&mut content),
         expected.limit,
-        |plain| unpack::unpack(plain, root.as_fd(), Some(recorder)),
+        |plain| match &root {
+            Some(root) => unpack::unpack(plain, root.as_fd(), Some(recorder)),
+            None => unpack::unpack_image(plain, path, Some(recorder)),
+        },
         |unpacked| {
             if unpacked.is_err() {
                 give_up();
@@ -134,8 +144,7 @@ fn source_error(error: io::Error) -> Error {
 /// By what the bytes are, not by what the manifest calls them: registries have wrong media types.
 /// No tar archive begins with either magic number, as an entry's name comes first and its checksum
 /// would have to fit.
-pub fn inflate<'a>(source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    let mut source = BufReader::with_capacity(64 << 10, source);
+pub fn inflate<'a>(mut source: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     let mut head = [0; 4];
     let mut length = 0;
     while length < 4 {
@@ -146,8 +155,8 @@ pub fn inflate<'a>(source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
             Err(e) => return Err(e),
         }
     }
-    let rest =
-        BufReader::with_capacity(64 << 10, io::Cursor::new(head).take(length as u64).chain(source));
+    // From the source's own buffer: nothing is copied on the way to the decoder.
+    let rest = io::Cursor::new(head).take(length as u64).chain(source);
     Ok(match head {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(rest)),
         // A frame, or a frame to be skipped.
@@ -174,14 +183,29 @@ impl<R> Hashed<R> {
     }
 }
 
-impl<R: Read> Read for Hashed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = self.source.read(buffer)?;
-        self.hash.update(&buffer[..length]);
-        self.length += length as u64;
+impl<R: BufRead> BufRead for Hashed<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.limit.is_some_and(|limit| self.length > limit) {
             return Err(io::Error::other("more bytes than the manifest says"));
         }
+        self.source.fill_buf()
+    }
+
+    fn consume(&mut self, length: usize) {
+        if let Ok(buffer) = self.source.fill_buf() {
+            self.hash.update(&buffer[..length]);
+        }
+        self.source.consume(length);
+        self.length += length as u64;
+    }
+}
+
+impl<R: BufRead> Read for Hashed<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let buffer = self.fill_buf()?;
+        let length = buffer.len().min(out.len());
+        out[..length].copy_from_slice(&buffer[..length]);
+        self.consume(length);
         Ok(length)
     }
 }

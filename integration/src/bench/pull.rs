@@ -275,7 +275,7 @@ struct Noise {
 }
 
 impl Noise {
-    const WORDS: usize = 64 << 10;
+    const WORDS: usize = 8 << 10;
 
     fn new(seed: u64) -> Self {
         let mut noise = Self { state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1, words: vec![] };
@@ -301,7 +301,7 @@ impl Noise {
                 bytes.extend_from_slice(&(random >> 8).to_le_bytes());
             } else {
                 // Near the start of the list more often, as words are.
-                let word = (random >> 16) as usize % (1 << (8 + (random >> 8) % 8));
+                let word = (random >> 16) as usize % (1 << (4 + (random >> 8) % 7));
                 let at = word * 8 % (Self::WORDS - 32);
                 let length = 8 + (random >> 40) as usize % 24;
                 bytes.extend_from_slice(&self.words[at..at + length]);
