@@ -76,9 +76,46 @@ pub enum Error {
     /// The record.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// Nobody waits for it any more.
+    #[error("the pull was cancelled")]
+    Cancelled,
+    /// It took too long.
+    #[error("the pull was not done within {} s (images.pull_timeout)", .0.as_secs())]
+    Deadline(std::time::Duration),
+    /// A short name that no registry has.
+    #[error("{tried}, and last {name}")]
+    Short {
+        /// Names that were tried before, with their errors.
+        tried: String,
+        /// The name that was tried last.
+        name: Reference,
+        /// Its error.
+        source: Box<Error>,
+    },
     /// The daemon ends.
     #[error(transparent)]
     Stopped(#[from] Stopped),
+}
+
+/// What became of the names that a short name may stand for.
+#[derive(Default)]
+pub(super) struct Tried(Vec<(Reference, Error)>);
+
+impl Tried {
+    pub(super) fn add(&mut self, name: &Reference, error: Error) {
+        self.0.push((name.clone(), error));
+    }
+
+    /// There must be one.
+    pub(super) fn into_error(mut self) -> Error {
+        let (name, last) = self.0.pop().expect("there is at least one name");
+        if self.0.is_empty() {
+            return last;
+        }
+        let said = self.0.iter().map(|(n, e)| format!("{n}: {}", crate::error::chain(e)));
+        let tried = said.collect::<Vec<_>>().join("; then ");
+        Error::Short { tried, name, source: Box::new(last) }
+    }
 }
 
 impl Kinded for Error {
@@ -107,7 +144,9 @@ impl Kinded for Error {
             Error::Place { source, .. } | Error::Sync(source) => disk(source),
             Error::Read(e) => unpack(e),
             Error::Store(e) => e.kind(),
-            Error::Stopped(_) => Kind::Unavailable,
+            Error::Deadline(_) => Kind::Deadline,
+            Error::Short { source, .. } => source.kind(),
+            Error::Cancelled | Error::Stopped(_) => Kind::Unavailable,
         }
     }
 }
@@ -165,6 +204,7 @@ pub(super) async fn pull(
     auth: Option<&Auth>,
     platform: &Platform,
     progress: &watch::Sender<Progress>,
+    unpackers: &TaskTracker,
 ) -> Result<Arc<Image>, Error> {
     let remote = shared.registries.remote(reference, auth).await?;
     if let Some(image) = unchanged(shared, &remote, reference, platform).await? {
@@ -189,7 +229,7 @@ pub(super) async fn pull(
     let size = manifest.layers.iter().map(|layer| layer.size).sum::<u64>()
         + manifest.config.size
         + document.bytes.len() as u64;
-    let layers = layers(shared, Source::Registry(remote), &wanted, progress).await?;
+    let layers = layers(shared, Source::Registry(remote), &wanted, progress, unpackers).await?;
     let by_digest = reference.at(&target);
     let mut names = vec![(by_digest, target.to_string())];
     if let Object::Tag(_) = reference.object() {
@@ -319,12 +359,14 @@ enum Got {
 }
 
 /// Gets all layers, in parallel, and puts them in their places. When this returns an error nothing
-/// of it is at work any more.
+/// of it is at work any more. If it is dropped instead, `unpackers` are still to be waited for:
+/// threads at work on files, which find their queues closed.
 pub(super) async fn layers(
     shared: &Arc<Shared>,
     source: Source,
     wanted: &[Wanted],
     progress: &watch::Sender<Progress>,
+    unpackers: &TaskTracker,
 ) -> Result<Vec<Arc<Layer>>, Error> {
     progress.send_modify(|progress| {
         progress.layers = wanted
@@ -339,9 +381,7 @@ pub(super) async fn layers(
     let chains: Vec<String> = (0..wanted.len())
         .map(|index| chain_id(wanted[..index].iter().map(|wanted| &wanted.diff_id)))
         .collect();
-    // Threads at work on files: they are waited for whatever happens.
-    let unpackers = TaskTracker::new();
-    let fetch = Fetch { shared, source: &source, unpackers: &unpackers, progress };
+    let fetch = Fetch { shared, source: &source, unpackers, progress };
     let mut fetches = Vec::with_capacity(wanted.len());
     for (index, wanted) in wanted.iter().enumerate() {
         fetches.push(fetch.layer(index, wanted, &chains[index]));
@@ -349,12 +389,18 @@ pub(super) async fn layers(
     let mut work =
         futures::stream::iter(fetches).buffer_unordered(shared.config.max_parallel_layers.max(1));
     let mut got = Vec::with_capacity(wanted.len());
+    let mut complete = Complete { shared, layers: Vec::new() };
     let mut failed = None;
     while failed.is_none()
         && let Some(result) = work.next().await
     {
         match result {
-            Ok(layer) => got.push(layer),
+            Ok((index, layer)) => {
+                if let Got::Ready(layer) = &layer {
+                    complete.layers.push(layer.clone());
+                }
+                got.push((index, layer));
+            }
             Err(error) => failed = Some(error),
         }
     }
@@ -363,13 +409,9 @@ pub(super) async fn layers(
     unpackers.close();
     unpackers.wait().await;
     if let Some(error) = failed {
-        // Somebody will try again soon: what is complete need not come again.
-        if matches!(error.kind(), Kind::Unavailable | Kind::Deadline) {
-            let ready = got.into_iter().filter_map(|(_, got)| match got {
-                Got::Ready(layer) => Some(layer),
-                Got::Staged(_) => None,
-            });
-            shared.keep_unfinished(ready.collect());
+        // What fails for good is not tried again soon.
+        if !matches!(error.kind(), Kind::Unavailable | Kind::Deadline) {
+            complete.layers.clear();
         }
         return Err(error);
     }
@@ -388,7 +430,21 @@ pub(super) async fn layers(
         };
         placed.push(layer);
     }
+    complete.layers.clear();
     Ok(placed)
+}
+
+/// Layers of a pull that are in their places. If it is dropped, by an error or by somebody who has
+/// waited long enough, they are kept for the pull that is tried again.
+struct Complete<'a> {
+    shared: &'a Arc<Shared>,
+    layers: Vec<Arc<Layer>>,
+}
+
+impl Drop for Complete<'_> {
+    fn drop(&mut self) {
+        self.shared.keep_unfinished(std::mem::take(&mut self.layers));
+    }
 }
 
 /// Opens a layer's content, on the thread that reads it.

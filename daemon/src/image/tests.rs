@@ -24,29 +24,32 @@ use super::{
 use crate::error::chain;
 
 /// An image store in a directory of its own.
-struct Node {
-    dir: tempfile::TempDir,
-    images: Images,
+pub(super) struct Node {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) images: Images,
 }
 
 fn config(dir: &Path) -> config::Images {
     config::Images {
         hosts_dir: dir.join("certs.d"),
         registries_conf: None,
+        auth_file: None,
+        policy: None,
         insecure_registries: Vec::new(),
         max_parallel_layers: 4,
         stall_timeout: Duration::from_millis(1500),
+        pull_timeout: Duration::from_secs(120),
         max_layer_size: 64 << 20,
         layer_format: config::LayerFormat::Directories,
     }
 }
 
 impl Node {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         Self::with(|_| {}).await
     }
 
-    async fn with(change: impl Fn(&mut config::Images)) -> Self {
+    pub(super) async fn with(change: impl Fn(&mut config::Images)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config(dir.path());
         change(&mut config);
@@ -55,7 +58,7 @@ impl Node {
     }
 
     /// As after a crash of the daemon: nothing is told to the one before.
-    async fn again(self) -> Self {
+    pub(super) async fn again(self) -> Self {
         let Self { dir, images } = self;
         let config = images.shared.config.clone();
         drop(images);
@@ -64,14 +67,19 @@ impl Node {
         Self { dir, images }
     }
 
-    fn hosts(&self, registry: &str, text: &str) {
+    pub(super) fn hosts(&self, registry: &str, text: &str) {
         let dir = self.dir.path().join("certs.d").join(registry);
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("hosts.toml"), text).unwrap();
     }
 
+    /// A file in the node's own directory.
+    pub(super) fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.dir.path().join(name), text).unwrap();
+    }
+
     /// Everything in the store's directories.
-    fn files(&self) -> std::collections::BTreeMap<String, String> {
+    pub(super) fn files(&self) -> std::collections::BTreeMap<String, String> {
         let mut all = listing(&self.dir.path().join("images"));
         // Times of the directories themselves change with each attempt.
         for name in ["\"\"", "\"layers\"", "\"recipes\"", "\"ingest\"", "\"snapshots\""] {
@@ -80,12 +88,12 @@ impl Node {
         all
     }
 
-    async fn pull(&self, reference: &str) -> Result<Arc<Image>, Error> {
+    pub(super) async fn pull(&self, reference: &str) -> Result<Arc<Image>, Error> {
         self.images.pull(reference, None, None).await
     }
 
     /// The pull fails, says `part`, and the node is as before.
-    async fn refuses(&self, reference: &str, part: &str) -> Kind {
+    pub(super) async fn refuses(&self, reference: &str, part: &str) -> Kind {
         let (files, list) = (self.files(), self.images.list().len());
         let usage = self.images.fs_usage();
         let error = self.pull(reference).await.expect_err(part);
@@ -114,11 +122,11 @@ async fn open(dir: &Path, config: config::Images) -> Images {
     Images::open_with(&dir.join("images"), config, store, registries).await.unwrap()
 }
 
-fn auth(username: &str, password: &str) -> Option<Auth> {
+pub(super) fn auth(username: &str, password: &str) -> Option<Auth> {
     Some(Auth { username: username.into(), password: password.into(), ..Auth::default() })
 }
 
-fn base() -> Vec<u8> {
+pub(super) fn base() -> Vec<u8> {
     Tar::new()
         .header(&Header { path: b"./", kind: b'5', mode: 0o750, uid: 3, ..Header::default() })
         .dir("etc")
@@ -128,7 +136,7 @@ fn base() -> Vec<u8> {
         .end()
 }
 
-fn layer(name: &str) -> Vec<u8> {
+pub(super) fn layer(name: &str) -> Vec<u8> {
     Tar::new().dir("etc").file(&format!("etc/{name}"), name).end()
 }
 
@@ -1046,7 +1054,7 @@ async fn callers_join_a_pull_and_may_leave() {
         held.then(|| response(503, ""))
     });
     let name = registry.reference("a:1");
-    let first = node.images.pull_with_progress(&name, None, None).unwrap();
+    let first = node.images.pull_with_progress(&name, None, None, Caller::Lasting).unwrap();
     let mut watched = first.progress.clone();
     // The one who began it goes away.
     drop(first);
@@ -1386,7 +1394,8 @@ async fn a_shutdown_ends_pulls_and_leaves_nothing() {
             .then(|| broken(&blob[..200], blob.len(), true))
     });
     let empty = node.files();
-    let flight = node.images.pull_with_progress(&registry.reference("a:1"), None, None).unwrap();
+    let name = registry.reference("a:1");
+    let flight = node.images.pull_with_progress(&name, None, None, Caller::Lasting).unwrap();
     let mut progress = flight.progress.clone();
     progress.wait_for(|p| p.layers.first().is_some_and(|l| l.received > 0)).await.unwrap();
     let begun = Instant::now();

@@ -433,6 +433,13 @@ impl Layer<'_> {
                 if (old.st_dev, old.st_ino) == (new.st_dev, new.st_ino) {
                     return Ok(());
                 }
+                // Making way must not take the target along.
+                let inside = real_path(self.root, from.as_fd())
+                    .map_err(|source| Error::Write { path: show(&entry.path), source })?;
+                if inside.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+                {
+                    return Err(refuse(missing));
+                }
                 self.clear(parent, name, path, false, recorder).map_err(write)?;
                 link()
             }

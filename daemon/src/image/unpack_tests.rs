@@ -85,6 +85,11 @@ fn hostile_entries_are_refused_and_nothing_is_outside() {
             "outside the layer",
         ),
         ("hard link to nothing", Tar::new().hard_link("a", "b").end(), "earlier file"),
+        (
+            "hard link over what has its target",
+            Tar::new().dir("d").file("d/f", "x").hard_link("d", "d/f").end(),
+            "earlier file",
+        ),
         ("hard link to a directory", Tar::new().dir("d").hard_link("a", "d").end(), "directory"),
         (
             "whiteout up",
