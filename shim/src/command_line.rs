@@ -263,6 +263,7 @@ fn serve(arguments: &Arguments) -> Result<(), String> {
         events,
         default_runtime(&arguments.namespace),
     );
+    pod.begin();
     let done = run_async(live(listener, pod.clone()));
     let _ = fs::remove_file(pod.bundle.io_socket());
     if let Some(socket) = socket {
@@ -320,7 +321,10 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
                 }
                 // With containers to answer for, a shim does not go because somebody asks all
                 // processes to.
-                if came & (1 << libc::SIGTERM | 1 << libc::SIGINT) != 0 && pod.is_empty() {
+                if came & (1 << libc::SIGTERM | 1 << libc::SIGINT) != 0
+                    && pod.is_empty()
+                    && !pod.orphan_is_waiting()
+                {
                     pod.exit();
                 }
             }
@@ -408,6 +412,7 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
     if !shim_answers(bundle) {
         namespaces::remove(bundle);
         let _ = fs::remove_file(bundle.io_socket());
+        let _ = fs::remove_file(bundle.shim_state());
         remove_dead_socket(bundle);
     }
     if !problems.is_empty() {
