@@ -779,9 +779,21 @@ async fn control_client(stream: UnixStream, pod: &Arc<Pod>) -> io::Result<()> {
             };
             return stream.write_all(answer.as_bytes()).await;
         }
-        Some(Request::Reopen(id)) => match pod.container(id).map(|container| {
-            container.init.with_io(|io| io.outputs.as_ref().map(|outputs| outputs.reopen()))
-        }) {
+        Some(Request::Relay(relay)) => match pod.relays.begin(relay).await {
+            Ok(()) => {
+                pod.changed();
+                "ok\n".into()
+            }
+            Err(error) => refuse("other", error.to_string()),
+        },
+        Some(Request::Settle(id)) => {
+            pod.relays.settle(id).await;
+            pod.changed();
+            "ok\n".into()
+        }
+        Some(Request::Reopen(id)) => match Holder::find(pod, id)
+            .map(|holder| holder.with_io(|io| io.outputs.as_ref().map(|outputs| outputs.reopen())))
+        {
             Ok(Some(Some(Ok(())))) => "ok\n".into(),
             Ok(Some(Some(Err(error)))) => refuse("other", format!("open the log: {error}")),
             Ok(_) => refuse("precondition", format!("container {id} has no log of the shim's")),
@@ -828,6 +840,28 @@ async fn lend(stream: UnixStream, pod: &Pod) -> io::Result<()> {
     }
 }
 
+/// Who has a container's streams: the container, or (another shim runs it) its relay.
+enum Holder {
+    Container(Arc<crate::pod::Container>),
+    Relay(Arc<crate::relay::Relay>),
+}
+
+impl Holder {
+    fn find(pod: &Pod, id: &str) -> Result<Self, Error> {
+        match pod.relays.find(id) {
+            Some(relay) => Ok(Self::Relay(relay)),
+            None => pod.container(id).map(Self::Container),
+        }
+    }
+
+    fn with_io<T>(&self, f: impl FnOnce(&mut stdio::Io) -> T) -> Option<T> {
+        match self {
+            Self::Container(container) => container.init.with_io(f),
+            Self::Relay(relay) => Some(relay.with_io(f)),
+        }
+    }
+}
+
 /// What the daemon kept of the shim before us.
 async fn given_back(stream: &UnixStream) -> io::Result<control::Kept> {
     let mut kept = control::Kept::new();
@@ -849,7 +883,7 @@ async fn given_back(stream: &UnixStream) -> io::Result<control::Kept> {
 /// An attached client's ends inside the shim.
 struct Attachment {
     pod: Arc<Pod>,
-    container: Arc<crate::pod::Container>,
+    holder: Holder,
     outputs: Arc<stdio::Outputs>,
     client: Arc<stdio::Attached>,
     /// The client may feed standard input.
@@ -859,11 +893,13 @@ struct Attachment {
 }
 
 fn attach(pod: &Arc<Pod>, id: &str, streams: Attach) -> Result<Attachment, Error> {
-    let container = pod.container(id)?;
-    if !matches!(container.init.stage(), Stage::Created { .. } | Stage::Running { .. }) {
+    let holder = Holder::find(pod, id)?;
+    if let Holder::Container(container) = &holder
+        && !matches!(container.init.stage(), Stage::Created { .. } | Stage::Running { .. })
+    {
         return Err(Error::Precondition(format!("container {id} does not run")));
     }
-    let ends = container.init.with_io(|io| {
+    let ends = holder.with_io(|io| {
         let outputs = io.outputs.clone()?;
         Some((outputs, streams.stdin && io.input().is_some(), streams.stdin && io.once()))
     });
@@ -876,7 +912,7 @@ fn attach(pod: &Arc<Pod>, id: &str, streams: Attach) -> Result<Attachment, Error
         )));
     }
     let client = outputs.attach(streams);
-    Ok(Attachment { pod: pod.clone(), container, outputs, client, input, once })
+    Ok(Attachment { pod: pod.clone(), holder, outputs, client, input, once })
 }
 
 impl Attachment {
@@ -901,7 +937,10 @@ impl Attachment {
     }
 
     fn close_stdin(&self) {
-        self.container.init.close_stdin();
+        match &self.holder {
+            Holder::Container(container) => container.init.close_stdin(),
+            Holder::Relay(relay) => relay.with_io(stdio::Io::close_stdin),
+        }
         self.pod.changed();
     }
 
@@ -911,9 +950,8 @@ impl Attachment {
         mut read: BufReader<tokio::net::unix::OwnedReadHalf>,
     ) -> io::Result<()> {
         // Asked for anew each time: CloseIO ends the input of attached clients too.
-        let target = |open: bool| {
-            open.then(|| self.container.init.with_io(|io| io.input())).flatten().flatten()
-        };
+        let target =
+            |open: bool| open.then(|| self.holder.with_io(|io| io.input())).flatten().flatten();
         let mut open = self.input;
         loop {
             let mut head = [0; control::HEADER];
@@ -923,8 +961,7 @@ impl Attachment {
             read.read_exact(&mut payload).await?;
             match kind {
                 Kind::Stdin if payload.is_empty() => {
-                    let terminal =
-                        self.container.init.with_io(|io| io.is_terminal()).unwrap_or_default();
+                    let terminal = self.holder.with_io(|io| io.is_terminal()).unwrap_or_default();
                     if terminal && let Some(to) = target(open) {
                         // A terminal's end of input is a character.
                         let _ = stdio::write_all(&to, &[4]).await;
@@ -946,7 +983,7 @@ impl Attachment {
                     if let [a, b, c, d] = payload[..] {
                         let (width, height) =
                             (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-                        self.container.init.with_io(|io| io.resize(width, height));
+                        self.holder.with_io(|io| io.resize(width, height));
                     }
                 }
                 Kind::Stdout | Kind::Stderr | Kind::End | Kind::Keep | Kind::Drop => {

@@ -67,6 +67,12 @@ impl Pod {
         for container in saved.containers {
             self.take_over_container(container, &mut kept).await;
         }
+        for relay in saved.relays {
+            // Its FIFOs are as they were: the other shim has them open.
+            if let Err(error) = self.relays.begin(&relay).await {
+                report!("streams of {}: {error}", relay.container);
+            }
+        }
         if let Some(sandbox) = saved.sandbox {
             self.take_over_sandbox(sandbox, &mut kept);
         }

@@ -13,7 +13,7 @@ use super::{Called, Container, Ended, Error, IdMaps, Pod, Process, Stage, Uris, 
 use crate::{
     bundle::replace,
     cgroup::Cgroup,
-    control::Kept,
+    control::{Kept, Relay},
     options::PodOptions,
     process::{lock, report},
     runtime::Runtime,
@@ -33,6 +33,9 @@ pub(crate) struct Saved {
     pub(super) sandbox: Option<SavedSandbox>,
     #[serde(default)]
     pub(super) containers: Vec<SavedContainer>,
+    /// Streams of containers that other shims run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) relays: Vec<Relay>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -195,7 +198,8 @@ impl Pod {
             ended: (*sandbox.ended.borrow()).map(Into::into),
         });
         let containers = self.all().iter().map(|container| container.saved()).collect();
-        Saved { version: VERSION, needs: NEEDS, sandbox, containers }
+        let relays = self.relays.asked();
+        Saved { version: VERSION, needs: NEEDS, sandbox, containers, relays }
     }
 
     /// Something has changed that a shim after this one must know. A pod without a sandbox is
