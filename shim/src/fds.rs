@@ -161,6 +161,8 @@ mod tests {
             for n in 0..200 {
                 let (read, mut write) = std::io::pipe().unwrap();
                 write_all(&mut write, n);
+                // What is read must end, whenever that is.
+                drop(write);
                 let name = format!("container{n}//out");
                 send(&ours, Kind::Keep, &name, Some(read.as_fd())).await.unwrap();
                 send(&ours, Kind::Drop, &name, None).await.unwrap();
