@@ -241,6 +241,9 @@ impl Kubelet {
             self.node.revive().await?;
         }
         self.node.kill9()?;
+        // Without it no new shim can take over.
+        let bundle = self.node.path().join("state/bundles").join(&pod.id);
+        fs::remove_file(holdfast_shim::bundle::Bundle::new(bundle).shim_state())?;
         kill(Pid::from_raw(shim), Signal::SIGKILL)?;
         kill(Pid::from_raw(init), Signal::SIGKILL)?;
         eventually(STEP, "the shim to be dead", async || {

@@ -272,6 +272,7 @@ fn serve(arguments: &Arguments) -> Result<(), String> {
         events,
         default_runtime(&arguments.namespace),
     );
+    pod.begin();
     crash::point("shim.serve.begun");
     let done = run_async(live(listener, pod.clone()));
     crash::point("shim.serve.ended");
@@ -333,6 +334,7 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
                 // processes to.
                 if came & (1 << libc::SIGTERM | 1 << libc::SIGINT) != 0
                     && pod.is_empty()
+                    && !pod.orphan_is_waiting()
                     && pod.relays.is_empty()
                 {
                     pod.exit();
@@ -424,6 +426,7 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
         namespaces::remove(bundle);
         crash::point("shim.clean-up.namespaces-gone");
         let _ = fs::remove_file(bundle.io_socket());
+        let _ = fs::remove_file(bundle.shim_state());
         remove_dead_socket(bundle);
         crash::point("shim.clean-up.sockets-gone");
     }

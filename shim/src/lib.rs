@@ -14,6 +14,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod control;
 pub mod crash;
+mod fds;
 pub mod options;
 pub mod timestamp;
 
