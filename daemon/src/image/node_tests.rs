@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     testing::{FakeRegistry, TestImage, broken, digest, response},
-    tests::{Node, auth, base, layer},
+    tests::{DockerRegistry, Node, auth, base, layer},
     *,
 };
 use crate::error::chain;
@@ -232,4 +232,165 @@ async fn a_pull_has_a_deadline_as_a_whole() {
     });
     let kind = node.refuses(&registry.reference("a:1"), "images.pull_timeout").await;
     assert_eq!(kind, Kind::Deadline);
+}
+
+#[tokio::test]
+async fn names_are_given_and_taken_and_images_without_use_pruned() {
+    let registry = FakeRegistry::start().await;
+    let node = Node::new().await;
+    registry.put("a", "1", &TestImage::labelled(&[base(), layer("one")], "a"));
+    registry.put("b", "1", &TestImage::labelled(&[base(), layer("two")], "b"));
+    let (a, b) = (registry.reference("a:1"), registry.reference("b:1"));
+    let first = node.pull(&a).await.unwrap().id.clone();
+    let second = node.pull(&b).await.unwrap().id.clone();
+    node.images.tag(&a, "r.example/x:1").await.unwrap();
+    node.images.tag(&first.hex()[..8], "r.example/x:2").await.unwrap();
+    // A name moves.
+    node.images.tag(&b, "r.example/x:2").await.unwrap();
+    let node = node.again().await;
+    assert_eq!(node.images.find("r.example/x:1").unwrap().id, first);
+    assert_eq!(node.images.find("r.example/x:2").unwrap().id, second);
+    assert_eq!(node.images.find(&a).unwrap().names, [a.as_str(), "r.example/x:1"]);
+    for (image, name) in [("r.example/none:1", "x.example/y:1"), (&a, "UPPER"), (&a, "")] {
+        assert!(node.images.tag(image, name).await.is_err(), "{name}");
+    }
+    let digest = format!("r.example/x@sha256:{}", "a".repeat(64));
+    assert_eq!(node.images.tag(&a, &digest).await.unwrap_err().kind(), Kind::Invalid);
+
+    use super::names::Removed;
+    let gone = node.images.remove_name(&a).await.unwrap();
+    assert_eq!(gone, Removed::Name(a.clone()));
+    assert!(node.images.find(&a).is_none());
+    // Used by a container, with a tag, and neither.
+    let id = ContainerId::random();
+    let image = node.images.find(&b).unwrap();
+    node.images.create_snapshot(&id, &image).await.unwrap();
+    drop(image);
+    assert!(node.images.prune(false).await.unwrap().0.is_empty());
+    let (pruned, _) = node.images.prune(true).await.unwrap();
+    assert_eq!(pruned.iter().map(|image| &image.id).collect::<Vec<_>>(), [&first]);
+    let node = node.again().await;
+    assert_eq!(node.images.list().len(), 1);
+    assert_eq!(
+        node.images.remove_name("r.example/x:2").await.unwrap(),
+        Removed::Name("r.example/x:2".into())
+    );
+    assert_eq!(node.images.remove_name(&b).await.unwrap(), Removed::Image(second));
+    assert_eq!(node.images.remove_name(&b).await.unwrap_err().kind(), Kind::NotFound);
+    node.images.remove_snapshot(&id).await.unwrap();
+    node.images.flush().await;
+    assert_eq!(node.images.fs_usage().used_bytes, 0);
+}
+
+/// Writes to memory, from another thread.
+#[derive(Clone, Default)]
+struct Out(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl io::Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn what_is_saved_is_imported_elsewhere_as_the_same_image() {
+    let registry = FakeRegistry::start().await;
+    let node = Node::new().await;
+    let shared = base();
+    let one = TestImage::labelled(&[shared.clone(), layer("one")], "one");
+    let two = TestImage::labelled(&[shared, layer("two")], "two");
+    registry.put("a", "1", &one);
+    registry.put("b", "1", &two);
+    let (a, b) = (registry.reference("a:1"), registry.reference("b:1"));
+    node.pull(&a).await.unwrap();
+    node.pull(&b).await.unwrap();
+    node.images.tag(&a, "r.example/second:1").await.unwrap();
+    for format in [save::Format::Oci, save::Format::Docker] {
+        let save = async |names: &[&str]| {
+            let out = Out::default();
+            let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
+            node.images.save(&names, format, out.clone()).await.unwrap();
+            out.0.lock().unwrap().clone()
+        };
+        let archive = save(&[&a, &b, "r.example/second:1"]).await;
+        assert_eq!(
+            archive,
+            save(&[&a, &b, "r.example/second:1"]).await,
+            "{format:?}: the same bytes"
+        );
+        let elsewhere = Node::new().await;
+        elsewhere.images.import(io::Cursor::new(archive), None).await.map(|_| ()).unwrap();
+        let found = elsewhere.images.find(&a).unwrap();
+        assert_eq!((&found.id, found.names.len()), (&one.id(), 2), "{format:?}");
+        assert_eq!(elsewhere.images.find(&b).unwrap().id, two.id());
+        assert_eq!(
+            elsewhere.images.raw_config(&found).await.unwrap().into_bytes(),
+            one.config,
+            "{format:?}"
+        );
+        assert_eq!(elsewhere.images.fs_usage().used_bytes, node.images.fs_usage().used_bytes);
+        let unnamed = save(&[&two.id().to_string()]).await;
+        assert!(unnamed.len() > 10_000);
+    }
+    let out = Out::default();
+    let error = node.images.save(&["none:1".into()], save::Format::Oci, out.clone()).await;
+    assert_eq!(error.unwrap_err().kind(), Kind::NotFound);
+    assert!(out.0.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_pushed_image_is_pulled_elsewhere_as_the_same_and_sent_once() {
+    use super::push::Phase;
+    let registry = FakeRegistry::start().await;
+    let real = DockerRegistry::start().await;
+    let image = TestImage::new(&[base(), layer("one"), layer("two")]);
+    registry.put("a", "1", &image);
+    let node = Node::new().await;
+    let name = registry.reference("a:1");
+    node.pull(&name).await.unwrap();
+    let push = async |any: &str, to: Option<&str>| {
+        let (progress, watched) = watch::channel(Vec::new());
+        let pushed = node.images.push(any, to, None, progress).await;
+        let phases = watched.borrow().iter().map(|layer| layer.phase).collect::<Vec<_>>();
+        pushed.map(|(name, digest)| (name.to_string(), digest, phases))
+    };
+    let to = format!("{}/team/a:1", real.address);
+    let (full, first, phases) = push(&name, Some(&to)).await.unwrap();
+    assert_eq!((full.as_str(), phases), (to.as_str(), vec![Phase::Done; 3]));
+
+    let elsewhere = Node::new().await;
+    let pulled = elsewhere.pull(&to).await.unwrap();
+    assert_eq!(pulled.id, image.id());
+    assert_eq!(pulled.digests, [format!("{}/team/a@{first}", real.address)]);
+    assert_eq!(
+        elsewhere.images.fs_usage(),
+        FsUsage { mountpoint: elsewhere.images.fs_usage().mountpoint, ..node.images.fs_usage() }
+    );
+
+    // Again: the same blobs, the same manifest.
+    let (_, again, phases) = push(&name, Some(&to)).await.unwrap();
+    assert_eq!((again, phases), (first.clone(), vec![Phase::Exists; 3]));
+    // As it came from there, to a neighbour there: nothing is sent, the manifest is the same.
+    let (progress, watched) = watch::channel(Vec::new());
+    let neighbour = format!("{}/other/a:2", real.address);
+    let pushed = elsewhere.images.push(&to, Some(&neighbour), None, progress).await.unwrap();
+    assert_eq!(pushed.1, first);
+    assert!(watched.borrow().iter().all(|layer| layer.phase == Phase::Exists), "taken over");
+    let third = Node::new().await;
+    assert_eq!(third.pull(&neighbour).await.unwrap().id, image.id());
+
+    // Without a name to push it as, of what is not here, and where nobody is.
+    assert_eq!(push(&image.id().hex(), None).await.unwrap_err().kind(), Kind::Invalid);
+    assert_eq!(push("none:1", Some(&to)).await.unwrap_err().kind(), Kind::NotFound);
+    let nobody = push(&name, Some("127.0.0.1:1/a:1")).await.unwrap_err();
+    assert!(chain(&nobody).contains("push 127.0.0.1:1/a:1"), "{}", chain(&nobody));
+    // A registry that is only read.
+    let refused = push(&name, None).await.unwrap_err();
+    assert_eq!(refused.kind(), Kind::NotFound, "{}", chain(&refused));
+    let ingest = std::fs::read_dir(node.dir.path().join("images/ingest")).unwrap();
+    assert_eq!(ingest.count(), 0);
 }
