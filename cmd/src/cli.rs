@@ -110,6 +110,7 @@ async fn dispatch(args: Args) -> Result<u8> {
                 Command::Image(ImageCommand::Push(a)) => images::push(client, a).await,
                 Command::Image(ImageCommand::Save(a)) => images::save(client, a).await,
                 Command::Image(ImageCommand::Tag(a)) => images::tag(client, a).await,
+                Command::Commit(a) => images::commit(client, a).await,
                 Command::Image(ImageCommand::Prune(a)) => images::prune(client, a).await,
                 Command::Image(ImageCommand::Inspect(a)) => inspect::images(client, a).await,
                 Command::Run(a) => run::run(client, *a).await,

@@ -18,12 +18,14 @@
 
 pub mod archive;
 pub mod authfile;
+pub mod commit;
 mod connect;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
 pub mod names;
 pub mod overlay;
+pub mod policy;
 pub mod pull;
 pub mod push;
 pub mod recipe;
@@ -133,6 +135,17 @@ pub enum Error {
     /// An archive of images that are here.
     #[error("save images")]
     Save(#[source] save::Error),
+    /// The container has no writable layer that could become an image.
+    #[error("container {0} has no root file system here")]
+    NoSnapshot(ContainerId),
+    /// A container's changes.
+    #[error("make an image of container {id}")]
+    Commit {
+        /// The container.
+        id: ContainerId,
+        /// Why.
+        source: commit::Error,
+    },
     /// The container's root file system was made from another image.
     #[error("container {id} has a root file system from image {image}")]
     OtherSnapshot {
@@ -193,6 +206,29 @@ pub enum Error {
 #[error("the daemon is shutting down")]
 pub struct Stopped;
 
+/// Why a pull failed, where the kubelet makes a difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PullFailure {
+    /// The policy refuses the image.
+    Signature,
+    /// No server answers.
+    Unavailable,
+}
+
+impl Error {
+    /// Why a pull failed, where the kubelet makes a difference.
+    pub fn pull_failure(&self) -> Option<PullFailure> {
+        let Error::Pull { source, .. } = self else { return None };
+        match &**source {
+            pull::Error::Policy(policy::Error::Refused { .. }) => Some(PullFailure::Signature),
+            pull::Error::Registry(registry) if registry.is_unreachable() => {
+                Some(PullFailure::Unavailable)
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Kinded for Error {
     fn kind(&self) -> Kind {
         let disk = |e: &io::Error| match e.kind() {
@@ -204,7 +240,12 @@ impl Kinded for Error {
             Error::Registries(e) => e.kind(),
             Error::DigestName(_) | Error::NoName(_) => Kind::Invalid,
             Error::Push { source, .. } => source.kind(),
-            Error::NoImage(_) => Kind::NotFound,
+            Error::NoImage(_) | Error::NoSnapshot(_) => Kind::NotFound,
+            Error::Commit { source, .. } => match source {
+                commit::Error::Read { source, .. } | commit::Error::Write(source) => disk(source),
+                commit::Error::Refused { .. } => Kind::Precondition,
+                commit::Error::Config(_) => Kind::Internal,
+            },
             Error::Save(e) => e.kind(),
             Error::Pull { source, .. } => source.kind(),
             Error::Import(source) => source.kind(),

@@ -32,6 +32,7 @@ Images:
   images        List images
   pull          Pull an image
   rmi           Remove images
+  commit        Make an image of what a container has changed
   image         push, save, load, tag, prune; ls, pull, rm, inspect
 
 About:
@@ -121,6 +122,8 @@ pub(super) enum Command {
     Pull(Pull),
     /// Remove images
     Rmi(Rmi),
+    /// Make an image of what a container has changed
+    Commit(Commit),
     /// Work with images
     #[command(subcommand)]
     Image(ImageCommand),
@@ -325,6 +328,23 @@ pub(super) enum ArchiveFormat {
     #[default]
     Oci,
     Docker,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Volumes and mounts are not part of it. The container goes on: for files that belong together, stop it first.")]
+pub(super) struct Commit {
+    /// Who made it
+    #[arg(long, short, default_value = "", hide_default_value = true)]
+    pub(super) author: String,
+    /// Why
+    #[arg(long, short, default_value = "", hide_default_value = true)]
+    pub(super) message: String,
+    /// A container, or a pod that has only one
+    #[arg(value_name = "NAME")]
+    pub(super) container: String,
+    /// The name that the image gets
+    pub(super) image: String,
 }
 
 #[derive(Debug, clap::Args)]

@@ -11,7 +11,8 @@ use holdfast_protos::images as wire;
 
 use super::{
     Client,
-    args::{ArchiveFormat, Prune, Push, Save, Tag},
+    args::{ArchiveFormat, Commit, Prune, Push, Save, Tag},
+    find::All,
     image,
     progress::{Layer, Progress},
     table::size,
@@ -104,6 +105,21 @@ pub(super) async fn tag(client: &mut Client, args: Tag) -> Result<u8> {
     let mut service = client.admin_images.clone();
     let tagged = client.quick(service.tag(request)).await?;
     output::write(&format!("{}\n", tagged.name))?;
+    Ok(0)
+}
+
+/// `holdfast commit`
+pub(super) async fn commit(client: &mut Client, args: Commit) -> Result<u8> {
+    let all = All::list(client).await?;
+    let request = wire::CommitRequest {
+        container_id: all.container(&args.container)?.id,
+        reference: args.image,
+        author: args.author,
+        comment: args.message,
+    };
+    let mut service = client.admin_images.clone();
+    let made = client.long(service.commit(request)).await.context("commit")?;
+    output::write(&format!("{}\n", made.id))?;
     Ok(0)
 }
 

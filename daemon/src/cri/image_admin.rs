@@ -14,6 +14,7 @@ use crate::{
     error::{chain, status as to_status},
     image::{
         Auth,
+        commit::{Ids, Notes},
         names::Removed,
         push::{Layered, Phase},
         registry,
@@ -149,6 +150,21 @@ impl Images for Service {
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(queue))))
+    }
+
+    async fn commit(&self, request: Request<wire::CommitRequest>) -> Answer<wire::CommitResponse> {
+        let request = request.into_inner();
+        let found = self.pods.find_container(&request.container_id);
+        let (pod, container) = found.map_err(|e| to_status(&e))?;
+        let user = pod.view().record.config.namespaces.user.clone();
+        let ids = user.map(|user| Ids { uids: user.uids, gids: user.gids }).unwrap_or_default();
+        let notes = Notes { author: request.author, comment: request.comment };
+        let images = self.pods.services().images.clone();
+        let id = container.record.id.clone();
+        // Ended with the caller, what was written goes.
+        let made = images.commit(&id, &request.reference, ids, notes).await;
+        let (reference, image) = made.map_err(|e| to_status(&e))?;
+        Ok(Response::new(wire::CommitResponse { id: image.id.to_string(), reference }))
     }
 
     type PushStream = Answers<wire::PushProgress>;

@@ -264,6 +264,24 @@ impl Kinded for Error {
 }
 
 impl Error {
+    /// Whether it says that something is not there.
+    pub(super) fn is_absence(&self) -> bool {
+        match self {
+            Error::NotFound { .. } => true,
+            Error::All { last, .. } => last.is_absence(),
+            _ => false,
+        }
+    }
+
+    /// Whether no server answered.
+    pub(super) fn is_unreachable(&self) -> bool {
+        match self {
+            Error::Connect { .. } | Error::Stalled { .. } => true,
+            Error::All { last, .. } => last.is_unreachable(),
+            _ => false,
+        }
+    }
+
     /// Whether the same request may succeed a moment later.
     fn is_transient(&self) -> bool {
         match self {
@@ -298,6 +316,8 @@ pub struct Registries {
     /// Scheme by authority, where it was guessed.
     schemes: Mutex<HashMap<String, String>>,
     conf: registries::Source,
+    /// Room for parts of blobs that come before their turn.
+    ahead: Arc<tokio::sync::Semaphore>,
 }
 
 impl Registries {
@@ -305,6 +325,7 @@ impl Registries {
     pub fn new(config: config::Images) -> Self {
         Self {
             conf: registries::Source::new(config.registries_conf.clone()),
+            ahead: Arc::new(tokio::sync::Semaphore::new(blob::BUDGET)),
             config,
             back_off: Duration::from_millis(250),
             proxies: Arc::new(Matcher::from_env()),

@@ -299,6 +299,11 @@ impl Snapshot {
         &self.image
     }
 
+    /// The image's layers, from the bottom; `None`: somebody else removed one.
+    pub(super) fn layers(&self) -> Option<&[Arc<Layer>]> {
+        self.layers.as_deref()
+    }
+
     /// The writable layer.
     pub fn upper(&self) -> &Path {
         &self.upper

@@ -244,17 +244,6 @@ impl Remote {
     }
 }
 
-impl Error {
-    /// Whether it says that something is not there.
-    fn is_absence(&self) -> bool {
-        match self {
-            Error::NotFound { .. } => true,
-            Error::All { last, .. } => last.is_absence(),
-            _ => false,
-        }
-    }
-}
-
 fn length(payload: &Payload) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(header::CONTENT_LENGTH, payload.length().into());
