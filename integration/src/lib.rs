@@ -55,6 +55,7 @@ pub mod leaks;
 pub mod log;
 pub mod node;
 pub mod pod;
+pub mod proxy;
 pub mod registry;
 pub mod tar;
 pub mod wait;

@@ -347,7 +347,9 @@ impl Key {
             a if a == RSA => &signature::RSA_PKCS1_2048_8192_SHA256,
             a if a == ED25519 => &signature::ED25519,
             _ => {
-                return Err("is of a kind that is not supported: P-256, P-384, RSA and Ed25519 are");
+                return Err(
+                    "is of a kind that is not supported: P-256, P-384, RSA and Ed25519 are",
+                );
             }
         };
         Ok(Self { algorithm, bytes: bytes.to_owned() })
