@@ -14,6 +14,7 @@ pub mod label;
 pub mod network;
 pub mod node;
 pub mod notify;
+pub mod nri;
 pub mod pod;
 mod serve;
 pub mod shims;
@@ -110,6 +111,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         images,
         network,
         shims: shims.clone(),
+        nri: nri::Nri::new(config.nri.clone()),
         config: config.clone(),
     });
     let pods = Pods::new(services);
@@ -130,6 +132,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         }
     });
     let events = tokio::spawn(events);
+
+    // Before anybody can ask for a container: none is made past a plugin that is to be started.
+    pods.start_plugins(bind_plugins(&config.nri)).await;
 
     let socket = &config.grpc.socket;
     if let Some(dir) = socket.parent() {
@@ -188,6 +193,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         warn!("a streaming session did not end in time");
     }
     pods.close().await;
+    pods.services().nri.stop().await;
     pods.services().network.drain().await;
     pods.services().images.shutdown().await;
     events.abort();
@@ -204,6 +210,32 @@ fn lock(state: &Path) -> Result<nix::fcntl::Flock<fs::File>, Error> {
     let file = fs::File::create(&path).map_err(at("make", &path))?;
     nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
         .map_err(|_| Error::Running(state.to_owned()))
+}
+
+/// The socket of NRI plugins. Without it they cannot connect, but pods run all the same: where that must
+/// not be, `nri.validator.required_plugins` says so.
+fn bind_plugins(nri: &config::Nri) -> Option<UnixListener> {
+    if !nri.enabled || nri.disable_connections {
+        return None;
+    }
+    let socket = &nri.socket;
+    // Another runtime's plugins connect there by default, too.
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        warn!(
+            socket = %socket.display(),
+            "another runtime has the socket of NRI plugins: set nri.socket, or nri.enabled = false"
+        );
+        return None;
+    }
+    let dir =
+        socket.parent().map_or(Ok(()), |dir| fs::create_dir_all(dir).map_err(at("make", dir)));
+    match dir.and_then(|()| bind(socket, 0o600)) {
+        Ok(listener) => Some(listener),
+        Err(error) => {
+            warn!(error = chain(&error), "no NRI plugin can connect: see nri.socket");
+            None
+        }
+    }
 }
 
 /// A listening socket in place of one that an earlier daemon left; the lock says there is no other.

@@ -39,7 +39,7 @@ mod selinux;
 pub mod user;
 
 pub use mounts::clean;
-pub use resources::{cgroups_path, own_cgroup, update};
+pub use resources::{cgroups_path, oom_score_adj, own_cgroup, update};
 
 /// Our AppArmor profile, where the node has it loaded.
 pub const APPARMOR_DEFAULT: &str = "holdfast-default";
