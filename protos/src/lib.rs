@@ -2,6 +2,7 @@
 //!
 //! - [`cri`]: the Kubernetes Container Runtime Interface v1, from `proto/cri.proto`.
 //! - [`admin`]: what our command line needs beyond the CRI, from `proto/admin.proto`.
+//! - [`images`]: the same for images, from `proto/images.proto`.
 //! - [`nri`]: the Node Resource Interface's plugin protocol, from `proto/nri.proto`.
 //! - [`shim`]: containerd's shim services over ttrpc, re-exported from `containerd-shim-protos`.
 
@@ -30,6 +31,15 @@ pub mod nri {
     include!(concat!(env!("OUT_DIR"), "/nri.pkg.api.v1alpha1.rs"));
     /// The compiled `FileDescriptorSet` of this package.
     pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/nri.proto.bin"));
+}
+
+/// The Images service (package `holdfast.images.v1`).
+#[cfg(feature = "admin")]
+#[allow(unreachable_pub, clippy::all, reason = "generated")]
+pub mod images {
+    tonic::include_proto!("holdfast.images.v1");
+    /// The compiled `FileDescriptorSet` of this package.
+    pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/images.proto.bin"));
 }
 
 /// containerd's Task, Sandbox and Events services and their messages.

@@ -20,7 +20,7 @@ use tracing::warn;
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, io_at,
+    extras, foreign, io_at,
     nri::{self, Change as Limits},
     readback, recover,
     run::{remove_dir, unmount},
@@ -148,6 +148,10 @@ async fn make(
         .await
         .unwrap_or(Err(Error::Panicked))?;
 
+    if let Some(handler) = &view.record.foreign {
+        let created = foreign::create(services, &view.record, handler, record, &bundle).await;
+        return created.map_err(|source| Error::Create { name, command, source });
+    }
     let log = match record.log.as_os_str().is_empty() {
         // No file; attach works all the same.
         true => format!("{}?attach", options::CRI_LOG),
@@ -354,7 +358,7 @@ pub(super) async fn start(
     pod: Pod,
     id: ContainerId,
 ) -> Result<Effect, Error> {
-    let client = pod.client().await?;
+    let client = foreign::tasks(&services, &pod, &id).await?;
     nri::start(&services, &pod, &id).await?;
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
@@ -396,7 +400,7 @@ pub(super) async fn stop(
     if container.record.state.is_exited() {
         return Ok(());
     }
-    let client = match pod.client().await {
+    let client = match foreign::tasks(services, &pod, &id).await {
         Ok(client) => client,
         // A dead shim's containers were killed and recorded; look again.
         Err(error) => {
@@ -443,6 +447,10 @@ async fn ended(
         view.containers.get(id).is_none_or(|container| container.record.state.is_exited())
     });
     let told = async {
+        if pod.view().record.foreign.is_some() {
+            // Asked already, and for as long as it takes.
+            std::future::pending::<()>().await;
+        }
         loop {
             tokio::time::sleep(ASK).await;
             let state = client.state(id.as_str(), "").await;
@@ -484,6 +492,9 @@ pub(super) async fn free(
     client: Option<&Client>,
     id: &ContainerId,
 ) -> Result<(), Error> {
+    let bundle = services.shims.container_bundle(id);
+    let ended = services.shims.end_foreign(id.as_str(), &bundle).await;
+    ended.map_err(|source| Error::Task { what: "delete", id: id.clone(), source })?;
     if let Some(client) = client {
         match client.delete(id.as_str(), "").await {
             Ok(_) => {}
@@ -491,7 +502,6 @@ pub(super) async fn free(
             Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
         }
     }
-    let bundle = services.shims.container_bundle(id);
     let unmounted = tokio::task::spawn_blocking(move || {
         unmount(&bundle.rootfs())?;
         volumes::unmount_images(&bundle)
@@ -600,7 +610,7 @@ pub(super) async fn update(
     let Limits { resources, more } = *change;
     let mut merged = record.config.resources.merged(resources);
     if !record.state.is_exited() {
-        let client = pod.client().await?;
+        let client = foreign::tasks(&services, &pod, &id).await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
         let json = Limits::json(more.as_deref(), &linux);

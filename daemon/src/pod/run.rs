@@ -19,7 +19,7 @@ use tracing::warn;
 use super::{
     Error, Pod, Services,
     config::{IdMapping, PidMode, PodConfig},
-    container, io_at, nri,
+    container, foreign, io_at, nri,
     task::Effect,
     volumes,
 };
@@ -127,6 +127,7 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
         fs::write(&path, hosts(&hostname(config), &ips)).map_err(io_at("write", &path))?;
         ips
     };
+    foreign::bring_up(services, record).await?;
     nri::run_pod(services, PodRecord { ips: ips.clone(), ..record.clone() }).await?;
     Ok(Up { endpoint, client, ips })
 }
@@ -289,6 +290,7 @@ async fn tear_down(
 ) -> Result<(), Error> {
     let id = &record.id;
     let bundle = services.shims.pod_bundle(id);
+    foreign::tear_down(services, record).await?;
     // While the namespace is still there: plugins look into it.
     let detached = services.network.detach(id).await;
     detached.map_err(|source| Error::Network { id: id.clone(), source })?;
