@@ -810,7 +810,7 @@ pub fn overlay(spec: &mut Value, resources: &LinuxResources, swap: bool) {
     let old = spec["memory"].clone();
     let mut put = |group: &str, key: &str, value: Option<Value>| {
         if let Some(value) = value {
-            object(&mut object(spec).entry(group).or_insert(Value::Null)).insert(key.into(), value);
+            object(object(spec).entry(group).or_insert(Value::Null)).insert(key.into(), value);
         }
     };
     if let Some(memory) = &resources.memory {
