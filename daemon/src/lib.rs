@@ -58,6 +58,9 @@ const MESSAGE_LIMIT: usize = 16 << 20;
 /// How long open requests may still take at shutdown.
 const GOODBYE: Duration = Duration::from_secs(5);
 
+/// How long somebody who has the socket of NRI plugins may take to say so.
+const PROBE: Duration = Duration::from_secs(1);
+
 /// Why the daemon did not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "each message is its documentation")]
@@ -139,7 +142,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let events = tokio::spawn(events);
 
     // Before anybody can ask for a container: none is made past a plugin that is to be started.
-    pods.start_plugins(bind_plugins(&config.nri)).await;
+    pods.start_plugins(bind_plugins(&config.nri).await).await;
 
     let socket = &config.grpc.socket;
     if let Some(dir) = socket.parent() {
@@ -220,22 +223,29 @@ fn lock(state: &Path) -> Result<nix::fcntl::Flock<fs::File>, Error> {
 
 /// The socket of NRI plugins. Without it they cannot connect, but pods run all the same: where that must
 /// not be, `nri.validator.required_plugins` says so.
-fn bind_plugins(nri: &config::Nri) -> Option<UnixListener> {
+async fn bind_plugins(nri: &config::Nri) -> Option<UnixListener> {
     if !nri.enabled || nri.disable_connections {
         return None;
     }
     let socket = &nri.socket;
     // Another runtime's plugins connect there by default, too.
-    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+    let found = tokio::time::timeout(PROBE, tokio::net::UnixStream::connect(socket)).await;
+    let free = match &found {
+        Ok(Err(error)) => {
+            matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+        }
+        Ok(Ok(_)) | Err(_) => false,
+    };
+    if !free {
         warn!(
             socket = %socket.display(),
             "another runtime has the socket of NRI plugins: set nri.socket, or nri.enabled = false"
         );
         return None;
     }
-    let dir =
+    let made =
         socket.parent().map_or(Ok(()), |dir| fs::create_dir_all(dir).map_err(at("make", dir)));
-    match dir.and_then(|()| bind(socket, 0o600)) {
+    match made.and_then(|()| bind(socket, 0o600)) {
         Ok(listener) => Some(listener),
         Err(error) => {
             warn!(error = chain(&error), "no NRI plugin can connect: see nri.socket");

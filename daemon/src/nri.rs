@@ -224,6 +224,11 @@ impl Nri {
         core.tasks.close();
         let _ = tokio::time::timeout(GOODBYE, core.tasks.wait()).await;
         *core.world.write().unwrap_or_else(|e| e.into_inner()) = None;
+        if core.listens.load(Ordering::Relaxed)
+            && let Err(error) = std::fs::remove_file(&core.config.socket)
+        {
+            warn!(%error, "the socket file of NRI plugins stays");
+        }
     }
 
     /// Who is there now, for people. Never waits.
@@ -405,11 +410,7 @@ impl Core {
         let answer = match plugin.synchronize(pods, containers).await {
             Ok(answer) => answer,
             Err(error) => {
-                warn!(
-                    plugin = name,
-                    error = chain(&error),
-                    "an NRI plugin is dropped: synchronise"
-                );
+                warn!(plugin = name, error = chain(&error), "an NRI plugin is not there");
                 plugin.close();
                 return;
             }

@@ -156,6 +156,14 @@ async fn a_container_gets_what_plugins_make_of_it() -> Result<()> {
     node.finish().await
 }
 
+/// Takes the plugins away that the daemon starts: they are processes of the node.
+async fn without_programs(node: &mut Node) -> Result<()> {
+    node.terminate()?;
+    fs::remove_dir_all(node.path().join("nri/plugins"))?;
+    node.restart().await?;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn plugins_are_told_everything_in_order() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -248,9 +256,10 @@ async fn plugins_are_told_everything_in_order() -> Result<()> {
     ensure!(of_second.iter().filter(|m| *m == "StateChange").count() == 4, "{of_second:?}");
     ensure!(of_second.iter().filter(|m| *m == "PostStartContainer").count() == 0, "{of_second:?}");
 
-    let pid = node.cli(&["info", "-o", "json"])?;
-    ensure!(pid.contains("05-started"), "{pid}");
+    let info = node.cli(&["info", "-o", "json"])?;
+    ensure!(info.contains("05-started"), "{info}");
     drop(old);
+    without_programs(&mut node).await?;
     node.finish().await
 }
 

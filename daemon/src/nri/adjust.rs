@@ -15,6 +15,9 @@ use serde_json::{Map, Value, json};
 
 use super::owners::{Conflict, Owners};
 
+/// Annotations that say what a container is, and of which pod.
+const OURS: &str = "io.kubernetes.cri.";
+
 /// Why an adjustment is not made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -220,6 +223,10 @@ impl Step<'_> {
         // Marks begin with "-", which sorts before what they are marks of.
         for (key, value) in &adjust.annotations {
             let (name, removed) = removal(key);
+            if name.starts_with(OURS) {
+                let reason = format!("{name} is the runtime's: shims find a container's pod by it");
+                return Err(self.invalid("annotations", reason));
+            }
             if removed {
                 self.remove(Field::Annotations, name);
                 object(&mut self.draft.spec["annotations"]).remove(name);
@@ -1166,6 +1173,8 @@ mod tests {
         };
         is_invalid(&env(""), "not a variable");
         is_invalid(&env("A=B"), "not a variable");
+        let annotations = [("io.kubernetes.cri.sandbox-id".to_owned(), "x".to_owned())].into();
+        is_invalid(&ContainerAdjustment { annotations, ..Default::default() }, "the runtime's");
         let mounts = vec![mount("relative", &[])];
         is_invalid(&ContainerAdjustment { mounts, ..Default::default() }, "absolute");
         let rlimits = vec![PosixRlimit { r#type: "nofile".into(), hard: 1, soft: 2 }];

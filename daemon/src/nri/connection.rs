@@ -46,7 +46,7 @@ pub enum Error {
     #[error("its connection is closed")]
     Closed,
     /// It did not answer in time.
-    #[error("no answer to {method} within {limit:?} (nri.request_timeout, nri.plugin_timeouts)")]
+    #[error("no answer to {method} within {limit:?}")]
     Timeout {
         /// What was called.
         method: &'static str,

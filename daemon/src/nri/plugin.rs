@@ -70,6 +70,8 @@ pub(super) struct Plugin {
     full: String,
     events: i32,
     limit: Duration,
+    /// For its synchronisation, which is the end of its registration.
+    join_limit: Duration,
     connection: Connection,
     /// Started by us; it ends when this is dropped.
     process: Option<Process>,
@@ -155,7 +157,9 @@ impl Plugin {
         };
         info!(plugin = full, pid, events = format!("{events:#x}"), "NRI plugin is configured");
         let legacy = AtomicU32::new(0);
-        let plugin = Self { index, name, full, events, limit, connection, process, pid, legacy };
+        let join_limit = limit.max(config.registration_timeout);
+        let plugin =
+            Self { index, name, full, events, limit, join_limit, connection, process, pid, legacy };
         Ok((plugin, calls))
     }
 
@@ -260,7 +264,8 @@ impl Plugin {
         for (number, mut request) in chunks.into_iter().enumerate() {
             request.more = number != last;
             let answer: SynchronizeResponse = self
-                .call("Synchronize", &request)
+                .connection
+                .call("Synchronize", &request, self.join_limit)
                 .await
                 .map_err(|source| Error::Call { method: "Synchronize", source })?;
             if !request.more {

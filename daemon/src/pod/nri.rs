@@ -372,10 +372,14 @@ fn finish(services: &Services, name: &str, draft: Draft) -> Result<Vec<u8>, Erro
             lacks,
         })),
     };
-    for (device, plugin) in &wanted.cdi_devices {
-        let asked = ContainerConfig { cdi_devices: vec![device.clone()], ..Default::default() };
+    if !wanted.cdi_devices.is_empty() {
+        // All at once: what a file says of all its devices is taken once.
+        let (devices, mut plugins): (Vec<_>, Vec<_>) = wanted.cdi_devices.iter().cloned().unzip();
+        plugins.dedup();
+        let asked = ContainerConfig { cdi_devices: devices, ..Default::default() };
         let edits = cdi::names(&asked).and_then(|names| services.cdi.edits(&names));
-        let edits = edits.map_err(|error| lacking(plugin, "CDI_devices", chain(&error)))?;
+        let edits =
+            edits.map_err(|error| lacking(&plugins.join(", "), "CDI_devices", chain(&error)))?;
         let mut spec: Spec = typed(&value).map_err(not_a_spec)?;
         cdi::apply(&mut spec, edits);
         let flags = value["process"]["scheduler"]["flags"].take();
