@@ -210,8 +210,8 @@ async fn plugins_are_told_everything_in_order() -> Result<()> {
     pod.remove().await?;
 
     let life = |update: bool| {
-        let mut life = vec!["CreateContainer", "PostCreateContainer", "StartContainer"];
-        life.push("PostStartContainer");
+        let mut life = vec!["CreateContainer", "ValidateContainerAdjustment"];
+        life.extend(["PostCreateContainer", "StartContainer", "PostStartContainer"]);
         if update {
             life.extend(["UpdateContainer", "PostUpdateContainer"]);
         }

@@ -42,7 +42,7 @@ const NRI: Interface = Interface {
     descriptor: holdfast_protos::nri::DESCRIPTOR_SET,
     table: ("HOLDFAST_NRI_WIRE_TABLE", "nri-v1alpha1-wire.txt"),
     counts: [21, 84, 248, 10, 99],
-    fingerprint: 0,
+    fingerprint: 0xd951_7fd2_3708_951a,
 };
 
 type Items = BTreeMap<String, String>;
