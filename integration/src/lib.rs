@@ -54,6 +54,7 @@ pub mod image;
 pub mod leaks;
 pub mod log;
 pub mod node;
+pub mod nri;
 pub mod pod;
 pub mod proxy;
 pub mod registry;
