@@ -27,7 +27,9 @@ use tracing::{Instrument, info, warn};
 use super::{
     ContainerView, Error, Pod, PodView, Pods, Shared,
     config::{ContainerConfig, Resources},
-    container, foreign, recover, run,
+    container, foreign,
+    nri::Change as Limits,
+    recover, run,
     state::{Change, Exit, PodState},
 };
 use crate::{
@@ -62,7 +64,7 @@ pub(super) enum Request {
     },
     Update {
         id: ContainerId,
-        resources: Box<Resources>,
+        change: Box<Limits>,
     },
     /// New overhead and new sum of the containers' resources; `None`: as it was.
     UpdatePod {
@@ -417,7 +419,7 @@ impl Owner {
                 };
                 if let Some(found) = self.containers.values().find(same) {
                     let found = &found.view.record;
-                    let retry = found.config == *config
+                    let retry = found.is_of(&config)
                         && matches!(found.state, super::state::ContainerState::Created { .. });
                     if retry {
                         let _ = reply.send(Ok(Answer::Container(found.id.clone())));
@@ -471,13 +473,13 @@ impl Owner {
                 }
                 self.join(Op::Remove(id.clone()), reply, container::remove(services, pod, id));
             }
-            Request::Update { id, resources } => {
+            Request::Update { id, change } => {
                 let Some(container) = self.containers.get(&id) else {
                     return Err((Error::NoContainer(id.to_string()), reply));
                 };
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
-                self.join(op, reply, container::update(services, pod, record, resources));
+                self.join(op, reply, container::update(services, pod, record, change));
             }
             // Nothing outside is to be done; it goes the way of all changes.
             Request::UpdatePod { change } => {
@@ -571,6 +573,7 @@ impl Owner {
                 crash::point("daemon.pod.ready-recorded");
                 self.connected(up.client);
                 self.publish(self.pod.id.clone(), Kind::Started);
+                services.nri.listed(self.pod.id.as_str());
                 info!(
                     name = %self.record.config.name,
                     namespace = %self.record.config.namespace,
@@ -607,6 +610,7 @@ impl Owner {
                 self.containers.insert(id.clone(), Container::new(*record));
                 self.watch_foreign(&id, Duration::ZERO);
                 self.publish(id.clone(), Kind::Created);
+                services.nri.listed(id.as_str());
                 if let Some((at, how)) = self.early.remove(&id) {
                     self.exited(&id, at, how).await;
                 }
@@ -614,6 +618,9 @@ impl Owner {
             }
             Effect::Started { id, at } => {
                 self.change(&id, Change::Started { at }).await?;
+                if let Some(container) = self.containers.get(&id) {
+                    self.pods.announce_start(&self.view.borrow(), &container.view);
+                }
             }
             Effect::Removed(id) => {
                 services.store.delete_container(&id).await?;
@@ -843,6 +850,9 @@ impl Owner {
         match self.change(id, Change::Exited { at, how }).await {
             Ok(()) => {
                 info!(container = id.short(), name, code, "container ended");
+                if let Some(container) = self.containers.get(id) {
+                    self.pods.announce_exit(&self.view.borrow(), &container.view);
+                }
                 self.reap(id.clone());
                 true
             }
