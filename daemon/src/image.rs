@@ -23,6 +23,7 @@ pub mod archive;
 pub mod authfile;
 mod connect;
 pub mod erofs;
+mod fit;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
