@@ -5,6 +5,7 @@
 mod admin;
 mod convert;
 mod images;
+mod metrics;
 mod stats;
 mod status;
 mod streams;
@@ -54,7 +55,7 @@ impl Service {
 
     /// Those that have usage to report.
     fn select_running(&self, filter: cri::ContainerStatsFilter) -> Vec<Arc<ContainerView>> {
-        self.stats.retain(|id| self.pods.has_container(id));
+        self.stats.retain(|id| self.pods.has_pod(id), |id| self.pods.has_container(id));
         self.select_containers(cri::ContainerFilter {
             id: filter.id,
             state: Some(cri::ContainerStateValue {
@@ -66,7 +67,7 @@ impl Service {
     }
 
     fn select_ready(&self, filter: cri::PodSandboxStatsFilter) -> Vec<Arc<PodView>> {
-        self.stats.retain(|id| self.pods.has_container(id));
+        self.stats.retain(|id| self.pods.has_pod(id), |id| self.pods.has_container(id));
         self.select_pods(cri::PodSandboxFilter {
             id: filter.id,
             state: Some(cri::PodSandboxStateValue {
@@ -113,9 +114,6 @@ fn seconds(field: &str, seconds: i64) -> Result<Option<Duration>, Status> {
         Err(_) => Err(Status::invalid_argument(format!("{field}: {seconds} is negative"))),
     }
 }
-
-/// The end of a stream that this version does not have.
-type None<T> = tokio_stream::Empty<Result<T, Status>>;
 
 #[tonic::async_trait]
 impl RuntimeService for Service {
@@ -443,14 +441,19 @@ impl RuntimeService for Service {
         &self,
         _: Request<cri::ListMetricDescriptorsRequest>,
     ) -> Answer<cri::ListMetricDescriptorsResponse> {
-        not_built("ListMetricDescriptors")
+        let descriptors = metrics::descriptors();
+        Ok(Response::new(cri::ListMetricDescriptorsResponse { descriptors }))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Answer<cri::ListPodSandboxMetricsResponse> {
-        not_built("ListPodSandboxMetrics")
+        let pods = self.select_ready(Default::default());
+        let pod_metrics = metrics::pods(&self.stats, pods).await?;
+        let answer = cri::ListPodSandboxMetricsResponse { pod_metrics };
+        metrics::fits(&answer)?;
+        Ok(Response::new(answer))
     }
 
     async fn update_pod_sandbox_resources(
@@ -505,11 +508,12 @@ impl RuntimeService for Service {
         Ok(Response::new(streams::pod_stats(self.stats.clone(), pods)))
     }
 
-    type StreamPodSandboxMetricsStream = None<cri::StreamPodSandboxMetricsResponse>;
+    type StreamPodSandboxMetricsStream = streams::Answers<cri::StreamPodSandboxMetricsResponse>;
     async fn stream_pod_sandbox_metrics(
         &self,
         _: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Answer<Self::StreamPodSandboxMetricsStream> {
-        not_built("StreamPodSandboxMetrics")
+        let pods = self.select_ready(Default::default());
+        Ok(Response::new(streams::pod_metrics(self.stats.clone(), pods)))
     }
 }

@@ -417,6 +417,11 @@ impl Pods {
         Ok((pod.clone(), view))
     }
 
+    /// Whether there is such a pod.
+    pub fn has_pod(&self, id: &PodId) -> bool {
+        self.index().pods.contains_key(id)
+    }
+
     /// Whether there is such a container.
     pub fn has_container(&self, id: &ContainerId) -> bool {
         self.index().containers.contains_key(id)

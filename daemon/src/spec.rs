@@ -39,7 +39,7 @@ mod selinux;
 pub mod user;
 
 pub use mounts::clean;
-pub use resources::{cgroups_path, own_cgroup, update};
+pub use resources::{cgroups_path, own_cgroup, pod_cgroup, update};
 
 /// Our AppArmor profile, where the node has it loaded.
 pub const APPARMOR_DEFAULT: &str = "holdfast-default";

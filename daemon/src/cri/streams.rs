@@ -7,7 +7,7 @@ use futures::{Stream, StreamExt, stream};
 use holdfast_protos::cri;
 use tonic::Status;
 
-use super::{convert, stats};
+use super::{convert, metrics, stats};
 use crate::{
     events::{Event, Events, Kind},
     pod::{ContainerView, PodView, Pods},
@@ -64,6 +64,22 @@ pub(super) fn pod_stats(
         async move {
             let pod_sandbox_stats = stats::pods(&stats, chunk).await?;
             Ok(cri::StreamPodSandboxStatsResponse { pod_sandbox_stats })
+        }
+    }))
+}
+
+/// Metrics of pods, read as they are sent.
+pub(super) fn pod_metrics(
+    stats: Arc<Stats>,
+    views: Vec<Arc<PodView>>,
+) -> Answers<cri::StreamPodSandboxMetricsResponse> {
+    Box::pin(stream::try_unfold(views.into_iter(), move |mut rest| {
+        let stats = stats.clone();
+        async move {
+            let message = metrics::next(&stats, &mut rest).await?;
+            Ok(message.map(|pod_sandbox_metrics| {
+                (cri::StreamPodSandboxMetricsResponse { pod_sandbox_metrics }, rest)
+            }))
         }
     }))
 }
