@@ -17,5 +17,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         fs::write(out.join(format!("{file}.bin")), set.encode_to_vec())?;
         tonic_prost_build::configure().compile_fds(set)?;
     }
+    println!("cargo:rerun-if-changed=proto/containerd");
+    if env::var_os("CARGO_FEATURE_CONTAINERD").is_some() {
+        let files = ["version", "containers", "tasks"].map(|f| format!("containerd/{f}.proto"));
+        tonic_prost_build::configure().compile_fds(protox::compile(files, ["proto"])?)?;
+    }
     Ok(())
 }

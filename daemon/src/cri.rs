@@ -193,7 +193,11 @@ impl RuntimeService for Service {
         let config =
             request.config.ok_or_else(|| Status::invalid_argument("config: it is required"))?;
         let config = convert::container_config(config)?;
+        let again = config.attempt > 0;
         let id = self.pods.create(&pod, config).await.map_err(failed)?;
+        if again {
+            crate::metrics::counts().container_restarts.inc();
+        }
         Ok(Response::new(cri::CreateContainerResponse { container_id: id.to_string() }))
     }
 

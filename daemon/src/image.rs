@@ -585,6 +585,7 @@ impl Shared {
         let shared = self.clone();
         self.tasks.spawn(async move {
             let landing = Landing { shared: shared.clone(), key };
+            let counted = crate::metrics::Pull::begin();
             let outcome = tokio::select! {
                 biased;
                 // First: a daemon that ends does not begin anything.
@@ -596,6 +597,7 @@ impl Shared {
                 // Nothing is left behind when the caller hears of it.
                 Err(_) => shared.layers.flush().await,
             }
+            counted.end(crate::metrics::outcome(&outcome, Kinded::kind));
             drop(landing);
             let _ = landed.send(outcome.map_err(Arc::new));
         });

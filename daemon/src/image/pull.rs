@@ -435,6 +435,7 @@ impl Fetch<'_> {
             let mut blob = remote.blob(digest, *size);
             while let Some(data) = blob.next().await? {
                 let length = data.len() as u64;
+                crate::metrics::counts().pull_bytes.inc_by(length);
                 if pieces.send(Piece::Data(data)).await.is_err() {
                     // The unpacker has given up and says why.
                     return Ok(());

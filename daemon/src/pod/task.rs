@@ -625,6 +625,7 @@ impl Owner {
             }
             Effect::Dead { exits } => {
                 warn!("the pod's shim is dead");
+                crate::metrics::counts().shims_lost.inc();
                 self.link.send_replace(Link::Down);
                 for seen in exits {
                     self.exited(&seen.id, seen.at, seen.how).await;
@@ -736,10 +737,12 @@ impl Owner {
             return true;
         }
         let name = container.view.record.config.name.clone();
-        let code = how.code();
+        let (code, reason) = (how.code(), how.reason());
         match self.change(id, Change::Exited { at, how }).await {
             Ok(()) => {
                 info!(container = id.short(), name, code, "container ended");
+                let exits = &crate::metrics::counts().container_exits;
+                exits.get_or_create(&[("reason", reason.into())]).inc();
                 self.reap(id.clone());
                 true
             }
