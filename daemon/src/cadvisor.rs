@@ -11,7 +11,11 @@
 
 mod marks;
 
-use std::{collections::HashMap, sync::Arc, time::SystemTime};
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use holdfast_protos::containerd::{
     services::{
@@ -38,6 +42,7 @@ use tonic::{Request, Response, Status, service::Routes};
 pub use self::marks::Marks;
 pub(crate) use self::marks::remove as remove_mark;
 use crate::{
+    id::ContainerId,
     pod::{
         ContainerView, PodView, Pods,
         state::{ContainerState, PodState},
@@ -50,6 +55,12 @@ const KIND: &str = "io.cri-containerd.kind";
 
 /// The type of an OCI runtime spec in JSON.
 const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+
+/// How long a container that is being made is waited for: cAdvisor waits for two seconds.
+const PATIENCE: Duration = Duration::from_millis(1800);
+
+/// How often it is looked for.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// The services.
 #[derive(Clone)]
@@ -78,8 +89,10 @@ impl Service {
             .add_service(TasksServer::new(self))
     }
 
-    /// By the whole id, in the namespace that everything of ours is in.
-    fn find<T>(&self, request: &Request<T>, id: &str) -> Result<Found, Status> {
+    /// By the whole id, in the namespace that everything of ours is in. A container that is being made
+    /// is waited for: its cgroup can be seen already, and who is told that it is not there does not
+    /// ask again.
+    async fn find<T>(&self, request: &Request<T>, id: &str) -> Result<Found, Status> {
         self.marks.wanted();
         let missing = || Status::not_found(format!("container {id:?}: not found"));
         match request.metadata().get("containerd-namespace").map(|name| name.as_bytes()) {
@@ -91,14 +104,21 @@ impl Service {
                 )));
             }
         }
-        if let Ok((pod, container)) = self.pods.find_container(id)
-            && container.record.id.as_str() == id
+        if let Ok(pod) = self.pods.find(id)
+            && pod.id().as_str() == id
         {
-            return Ok(Found::Container(pod.view(), container));
+            return Ok(Found::Pod(pod.view()));
         }
-        match self.pods.find(id) {
-            Ok(pod) if pod.id().as_str() == id => Ok(Found::Pod(pod.view())),
-            _ => Err(missing()),
+        let whole: ContainerId = id.parse().map_err(|_| missing())?;
+        let by = Instant::now() + PATIENCE;
+        loop {
+            match self.pods.find_container(id) {
+                Ok((pod, container)) => return Ok(Found::Container(pod.view(), container)),
+                Err(_) if self.pods.has_container(&whole) && Instant::now() < by => {
+                    tokio::time::sleep(AGAIN).await;
+                }
+                Err(_) => return Err(missing()),
+            }
         }
     }
 }
@@ -121,7 +141,7 @@ impl Containers for Service {
         request: Request<GetContainerRequest>,
     ) -> Result<Response<GetContainerResponse>, Status> {
         let id = request.get_ref().id.clone();
-        let container = match self.find(&request, &id)? {
+        let container = match self.find(&request, &id).await? {
             Found::Pod(pod) => of_pod(&pod),
             Found::Container(pod, view) => {
                 let bundle = self.pods.services().shims.container_bundle(&view.record.id);
@@ -140,7 +160,7 @@ impl Tasks for Service {
         if !request.get_ref().exec_id.is_empty() {
             return Err(Status::unimplemented("exec_id: only first processes are told here"));
         }
-        let process = match self.find(&request, &id)? {
+        let process = match self.find(&request, &id).await? {
             Found::Pod(pod) => {
                 let running = pod.record.state == PodState::Ready;
                 let pid = running.then(|| self.marks.process_of(&pod.record.id)).flatten();

@@ -478,9 +478,8 @@ impl RuntimeService for Service {
         request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Answer<Self::StreamPodSandboxesStream> {
         let pods = self.select_pods(request.into_inner().filter.unwrap_or_default());
-        Ok(Response::new(streams::list(pods, |chunk| cri::StreamPodSandboxesResponse {
-            pod_sandboxes: chunk.iter().map(|pod| convert::pod_item(pod)).collect(),
-        })))
+        let message = |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes };
+        Ok(Response::new(streams::list(pods, |pod| convert::pod_item(pod), message)))
     }
 
     type StreamContainersStream = streams::Answers<cri::StreamContainersResponse>;
@@ -489,9 +488,8 @@ impl RuntimeService for Service {
         request: Request<cri::StreamContainersRequest>,
     ) -> Answer<Self::StreamContainersStream> {
         let containers = self.select_containers(request.into_inner().filter.unwrap_or_default());
-        Ok(Response::new(streams::list(containers, |chunk| cri::StreamContainersResponse {
-            containers: chunk.iter().map(|c| convert::container_item(c)).collect(),
-        })))
+        let message = |containers| cri::StreamContainersResponse { containers };
+        Ok(Response::new(streams::list(containers, |c| convert::container_item(c), message)))
     }
 
     type StreamContainerStatsStream = streams::Answers<cri::StreamContainerStatsResponse>;

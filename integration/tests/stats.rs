@@ -362,3 +362,138 @@ async fn each_pod_is_told_its_own_interfaces() -> Result<()> {
     ensure!(of_loud != of_quiet || loud.ip().await? != quiet.ip().await?);
     node.finish().await
 }
+
+/// Kibibytes of the daemon that are resident.
+fn resident(node: &Node) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{}/status", node.daemon_pid()))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    Ok(line.trim().trim_end_matches("kB").trim().parse()?)
+}
+
+/// Reads one message, leaves the rest alone for a while, and then reads on, slowly. Gives what was
+/// told, its size, and by how many kibibytes the daemon grew meanwhile.
+async fn read_slowly<M: prost::Message>(
+    node: &Node,
+    mut stream: tonic::Streaming<M>,
+    count: impl Fn(&M) -> usize,
+) -> Result<(usize, usize, u64)> {
+    let before = resident(node)?;
+    let (mut told, mut bytes, mut messages, mut most) = (0, 0, 0, before);
+    while let Some(message) = stream.next().await {
+        let message = message?;
+        told += count(&message);
+        bytes += message.encoded_len();
+        messages += 1;
+        // What is buffered is buffered while nobody reads.
+        let pause = if messages == 1 { 2000 } else { 20 };
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        most = most.max(resident(node)?);
+    }
+    ensure!(messages > 4, "{messages} messages are not a stream");
+    Ok((told, bytes, most - before))
+}
+
+/// A thousand running containers of which the daemon has the records, and whose shims hang: nothing
+/// in lists, statistics and metrics may wait for those.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_containers_are_streamed_to_a_client_that_reads_slowly() -> Result<()> {
+    const PODS: usize = 10;
+    const EACH: usize = 100;
+    let mut node = Node::start().await?;
+    let image = node.busybox().await?;
+    for number in 0..PODS {
+        let pod = node.pod(&format!("p{number}")).host_network().run().await?;
+        pod.container(&image).name("real").sh("exec sleep 1000").start().await?;
+    }
+    node.terminate()?;
+    let shims: Vec<i32> = node
+        .ground()
+        .processes()
+        .into_iter()
+        .filter(|pid| {
+            let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+            exe.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("containerd-shim"))
+        })
+        .collect();
+    assert_eq!(shims.len(), PODS);
+    let signal = |signal| {
+        for shim in &shims {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(*shim), signal);
+        }
+    };
+    signal(nix::sys::signal::Signal::SIGSTOP);
+    let seeded = seed(&node.path().join("root/holdfast.db"), EACH).await;
+    let watched = match seeded {
+        Ok(()) => watch_thousand(&mut node, PODS * EACH).await,
+        Err(error) => Err(error),
+    };
+    // In any case: a shim that is stopped cannot be ended.
+    signal(nix::sys::signal::Signal::SIGCONT);
+    watched?;
+    eventually(Duration::from_secs(60), "the shims' word on those that never were", async || {
+        let containers = node.containers().await?;
+        let running = |c: &&cri::Container| c.state() == cri::ContainerState::ContainerRunning;
+        let running = containers.iter().filter(running).count();
+        Ok(Look::when(running == PODS, || format!("{running} run")))
+    })
+    .await?;
+    node.finish().await
+}
+
+/// Writes further records beside the one container that each pod has.
+async fn seed(path: &Path, each: usize) -> Result<()> {
+    use holdfast_daemon::{id::ContainerId, store::Store};
+    let store = Store::open(path)?;
+    let (_, real) = store.load().await?;
+    for record in real {
+        for number in 1..each {
+            let mut record = record.clone();
+            record.id = ContainerId::random();
+            record.config.name = format!("c{number}");
+            record.config.annotations.insert("large".into(), "x".repeat(20_000));
+            store.put_container(&record).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn watch_thousand(node: &mut Node, all: usize) -> Result<()> {
+    node.restart().await?;
+    let mut client = node.cri().deadline(Duration::from_secs(120)).runtime();
+    let small = |what: &str, (told, bytes, grown): (usize, usize, u64), all: usize| -> Result<()> {
+        ensure!(told == all, "{what}: {told} of {all}");
+        // Some of it is on the way; most must not have been made.
+        ensure!(grown * 1024 < 14 << 20, "{what}: {bytes} bytes cost the daemon {grown} KiB");
+        ensure!(bytes > 15 << 20, "{what}: {bytes} bytes show nothing");
+        Ok(())
+    };
+    // What the first request of a kind allocates for good is not what this is about.
+    let stream = client
+        .stream_container_stats(cri::StreamContainerStatsRequest::default())
+        .await?
+        .into_inner();
+    read_slowly(node, stream, |m| m.container_stats.len()).await?;
+    let stream =
+        client.stream_containers(cri::StreamContainersRequest::default()).await?.into_inner();
+    small("containers", read_slowly(node, stream, |m| m.containers.len()).await?, all)?;
+    let stream = client
+        .stream_container_stats(cri::StreamContainerStatsRequest::default())
+        .await?
+        .into_inner();
+    small("stats", read_slowly(node, stream, |m| m.container_stats.len()).await?, all)?;
+    let stream = client
+        .stream_pod_sandbox_metrics(cri::StreamPodSandboxMetricsRequest {})
+        .await?
+        .into_inner();
+    let count = |m: &cri::StreamPodSandboxMetricsResponse| {
+        m.pod_sandbox_metrics.iter().map(|pod| pod.container_metrics.len()).sum()
+    };
+    small("metrics", read_slowly(node, stream, count).await?, all)?;
+    // Without a stream it is more than a message may have, and the error says what to do.
+    let request = cri::ListPodSandboxMetricsRequest {};
+    let error = client.list_pod_sandbox_metrics(request).await.unwrap_err();
+    assert_eq!(error.code(), tonic::Code::ResourceExhausted, "{error}");
+    ensure!(error.message().contains("StreamPodSandboxMetrics"), "{error}");
+    Ok(())
+}

@@ -18,6 +18,7 @@ use std::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, SystemTime},
 };
 
 use holdfast_shim::cgroup::{Cgroup, Version};
@@ -36,14 +37,21 @@ use crate::{
     store::pods::PodRecord,
 };
 
-/// Hierarchies of version 1 that cAdvisor watches, the cheapest first.
-const HIERARCHIES: [&str; 3] = ["pids", "cpu", "memory"];
+/// Hierarchies of version 1 that cAdvisor looks into, the cheapest first. Not `pids`: it is watched, but
+/// missing when cAdvisor lists all cgroups once a minute, and what is not listed is forgotten.
+const HIERARCHIES: [&str; 3] = ["devices", "cpu", "memory"];
+
+/// How long a mark is away before it comes again for another process, and how long a container must
+/// have run to lend its own.
+const REST: Duration = Duration::from_secs(1);
 
 /// Marks of pods, and which process each stands for.
 #[derive(Debug, Default)]
 pub struct Marks {
     asked: AtomicBool,
     wake: Notify,
+    /// One pod at a time.
+    settling: tokio::sync::Mutex<()>,
     processes: Mutex<HashMap<PodId, u32>>,
 }
 
@@ -75,7 +83,7 @@ impl Marks {
         let list = pods.clone();
         let mut changes = pods.services().events.subscribe(move || list.list());
         for pod in pods.list() {
-            self.settle(pod).await;
+            self.settle(&pods, &pod.record.id).await;
         }
         loop {
             let change = tokio::select! {
@@ -84,51 +92,87 @@ impl Marks {
                 change = changes.next() => change,
             };
             let Some(change) = change else { return };
-            // As it is now: changes may be old when many come at once.
-            let pod = pods.find(change.pod.record.id.as_str());
-            self.settle(pod.map_or(change.pod, |pod| pod.view())).await;
+            self.settle(&pods, &change.pod.record.id).await;
         }
     }
 
-    /// Brings a pod's mark in line with the pod.
-    async fn settle(self: &Arc<Self>, pod: Arc<PodView>) {
-        let id = &pod.record.id;
+    /// Brings a pod's mark in line with the pod as it is now.
+    async fn settle(self: &Arc<Self>, pods: &Pods, id: &PodId) {
+        let _alone = self.settling.lock().await;
+        let pod = pods.find(id.as_str()).ok().map(|pod| pod.view());
         let had = self.process_of(id);
-        let wanted = lender(&pod, had);
-        if had == wanted {
+        let wanted = pod.as_ref().and_then(|pod| lender(pod, had));
+        let Some(pod) = pod else {
+            // Its mark went with it.
+            self.processes().remove(id);
             return;
-        }
-        // Known before the mark can be seen.
-        match wanted {
-            Some(pid) => self.processes().insert(id.clone(), pid),
-            None => self.processes().remove(id),
         };
-        let record = pod.record.clone();
-        let made = tokio::task::spawn_blocking(move || {
-            remove(&record)?;
-            if wanted.is_some()
-                && let Some(path) = path(&record)?
-            {
-                std::fs::create_dir(&path)
-                    .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+        match (had, wanted) {
+            (None, None) => {}
+            (Some(had), Some((_, pid))) if had == pid => {}
+            (Some(_), _) => {
+                self.processes().remove(id);
+                on_disk(&pod, |record| remove(record).map(|_| ())).await;
+                // Who watches cgroups has to see that it was gone.
+                if wanted.is_some() {
+                    self.later(pods, id);
+                }
             }
-            Ok::<_, io::Error>(())
+            // Init containers come and go: it is not worth it for them.
+            (None, Some((started_at, _))) if started_at.elapsed().is_ok_and(|age| age < REST) => {
+                self.later(pods, id);
+            }
+            (None, Some((_, pid))) => {
+                // Known before the mark can be seen.
+                self.processes().insert(id.clone(), pid);
+                let made = on_disk(&pod, |record| match remove(record)? {
+                    // One that an earlier daemon made, for nobody knows which process.
+                    true => Ok(false),
+                    false => make(record).map(|()| true),
+                });
+                match made.await {
+                    Some(true) => debug!(pod = id.short(), pid, "mark"),
+                    Some(false) => {
+                        self.processes().remove(id);
+                        self.later(pods, id);
+                    }
+                    None => drop(self.processes().remove(id)),
+                }
+            }
+        }
+    }
+
+    /// Looks at the pod again, soon.
+    fn later(self: &Arc<Self>, pods: &Pods, id: &PodId) {
+        let (marks, pods, id) = (self.clone(), pods.clone(), id.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep(REST).await;
+            marks.settle(&pods, &id).await;
         });
-        match made.await {
-            Ok(Ok(())) => debug!(pod = id.short(), pid = wanted, "mark"),
-            // Its cgroup is being removed: so is the pod.
-            Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => {}
-            Ok(Err(error)) => {
-                warn!(pod = id.short(), error = %chain(&error), "no traffic for cAdvisor");
-            }
-            Err(_) => {}
+    }
+}
+
+/// Does it where it may block; what goes wrong is told, and is `None`.
+async fn on_disk<T: Send + 'static>(
+    pod: &PodView,
+    work: impl FnOnce(&PodRecord) -> io::Result<T> + Send + 'static,
+) -> Option<T> {
+    let record = pod.record.clone();
+    match tokio::task::spawn_blocking(move || work(&record)).await.ok()? {
+        Ok(done) => Some(done),
+        // Its cgroup is being removed: so is the pod.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => {
+            let pod = pod.record.id.short();
+            warn!(pod, error = %chain(&error), "no traffic for cAdvisor");
+            None
         }
     }
 }
 
 /// The process that stands for a pod: the one that did, while it runs, else that of the container
 /// which has run for longest.
-fn lender(pod: &PodView, had: Option<u32>) -> Option<u32> {
+fn lender(pod: &PodView, had: Option<u32>) -> Option<(SystemTime, u32)> {
     let config = &pod.record.config;
     if pod.gone
         || pod.record.state != PodState::Ready
@@ -143,8 +187,8 @@ fn lender(pod: &PodView, had: Option<u32>) -> Option<u32> {
     });
     let mut running: Vec<_> = running.collect();
     running.sort_unstable();
-    let had = running.iter().map(|(_, pid)| *pid).find(|pid| Some(*pid) == had);
-    had.or_else(|| running.first().map(|(_, pid)| *pid))
+    let had = running.iter().find(|(_, pid)| Some(*pid) == had);
+    had.or(running.first()).copied()
 }
 
 /// Where a pod's mark is: below its cgroup, which must be there.
@@ -160,16 +204,21 @@ fn path(record: &PodRecord) -> io::Result<Option<PathBuf>> {
     Ok(dir.map(|dir| dir.join(&record.id)))
 }
 
-/// Removes a pod's mark, if there is one. Blocks.
-pub(crate) fn remove(record: &PodRecord) -> io::Result<()> {
-    if record.config.cgroup_parent.is_empty() || record.config.namespaces.host_network {
-        return Ok(());
-    }
+fn make(record: &PodRecord) -> io::Result<()> {
     let Some(path) = path(record)? else { return Ok(()) };
+    std::fs::create_dir(&path)
+        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+}
+
+/// Removes a pod's mark; says whether there was one. Blocks.
+pub(crate) fn remove(record: &PodRecord) -> io::Result<bool> {
+    if record.config.cgroup_parent.is_empty() || record.config.namespaces.host_network {
+        return Ok(false);
+    }
+    let Some(path) = path(record)? else { return Ok(false) };
     match std::fs::remove_dir(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(io::Error::new(error.kind(), format!("{}: {error}", path.display())))
-        }
-        Ok(()) | Err(_) => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
     }
 }

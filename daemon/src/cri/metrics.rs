@@ -31,6 +31,9 @@ const LABELS: [&str; 6] = ["container", "id", "image", "name", "namespace", "pod
 /// Where a streamed message ends: well below every client's limit, and worth its overhead.
 const MESSAGE: usize = 512 << 10;
 
+/// Containers that are read together.
+const TOGETHER: usize = 16;
+
 /// What a metric of a container, or of a pod's cgroup, is read from.
 struct Subject<'a> {
     usage: &'a Usage,
@@ -588,7 +591,13 @@ pub(super) async fn next(
     let mut size = 0;
     while size < MESSAGE {
         // A few at a time, for what they share.
-        let some: Vec<_> = rest.by_ref().take(8).collect();
+        let (mut some, mut containers) = (Vec::new(), 0);
+        while containers < TOGETHER
+            && let Some(pod) = rest.next()
+        {
+            containers += 1 + pod.containers.len();
+            some.push(pod);
+        }
         if some.is_empty() {
             break;
         }

@@ -52,6 +52,19 @@ pub const REMOVE: &str = "RemoveContainer";
 pub const LIST: &str = "ListContainers, 500";
 /// The same on a smaller load, which no bar is about.
 pub const LIST_QUICK: &str = "ListContainers, 100";
+/// ListContainers with 500 running containers.
+pub const WATCH_LIST: &str = "ListContainers, running";
+/// Status of the runtime beside them.
+pub const WATCH_STATUS: &str = "Status";
+/// ListContainerStats.
+pub const WATCH_STATS: &str = "ListContainerStats";
+/// ListPodSandboxStats.
+pub const WATCH_POD_STATS: &str = "ListPodSandboxStats";
+/// StreamPodSandboxMetrics, read to its end.
+pub const WATCH_METRICS: &str = "PodSandboxMetrics";
+/// Processor time of the daemon for one of each of them.
+pub const WATCH_CPU: [&str; 5] =
+    ["- list, CPU", "- status, CPU", "- stats, CPU", "- pod stats, CPU", "- metrics, CPU"];
 /// Ten layers of 16 MiB, gzip.
 pub const PULL: &str = "PullImage, 10 layers";
 /// From the start of the daemon to the first complete lists.
@@ -62,7 +75,7 @@ pub const SHIM: &str = "Shim PSS per pod";
 pub const POD_MEMORY: &str = "Shim + daemon per pod";
 
 /// In the order of the table, with their units.
-const METRICS: [(&str, &str); 15] = [
+const METRICS: &[(&str, &str)] = &[
     (RUN_POD, "ms"),
     (STOP_POD, "ms"),
     (REMOVE_POD, "ms"),
@@ -74,6 +87,16 @@ const METRICS: [(&str, &str); 15] = [
     (REMOVE, "ms"),
     (LIST, "ms"),
     (LIST_QUICK, "ms"),
+    (WATCH_LIST, "ms"),
+    (WATCH_CPU[0], "ms"),
+    (WATCH_STATUS, "ms"),
+    (WATCH_CPU[1], "ms"),
+    (WATCH_STATS, "ms"),
+    (WATCH_CPU[2], "ms"),
+    (WATCH_POD_STATS, "ms"),
+    (WATCH_CPU[3], "ms"),
+    (WATCH_METRICS, "ms"),
+    (WATCH_CPU[4], "ms"),
     (PULL, "ms"),
     (RESTART, "ms"),
     (SHIM, "KiB"),
@@ -119,7 +142,7 @@ impl Samples {
             "{:<22} {:>4}  {:>17}  {:>17}  {:>17}  {:>7}  {:>7}\n",
             "p50 (p90)", "", FLOOR, HOLDFAST, CONTAINERD, "ratio", "p99"
         );
-        for (metric, unit) in METRICS {
+        for &(metric, unit) in METRICS {
             if !self.0.keys().any(|(name, _)| *name == metric) {
                 continue;
             }
@@ -182,8 +205,8 @@ impl Samples {
     /// All of it for programs, with every single figure.
     pub fn json(&self) -> Value {
         let metrics: Vec<Value> = METRICS
-            .into_iter()
-            .filter_map(|(metric, unit)| {
+            .iter()
+            .filter_map(|&(metric, unit)| {
                 let mut columns = serde_json::Map::new();
                 for column in [FLOOR, HOLDFAST, CONTAINERD] {
                     let Some(values) = self.0.get(&(metric, column)) else { continue };
