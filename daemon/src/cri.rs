@@ -4,6 +4,7 @@
 
 mod admin;
 mod convert;
+mod image_admin;
 mod images;
 mod metrics;
 mod stats;

@@ -36,6 +36,7 @@ use std::{
 use holdfast_protos::{
     admin::admin_server::AdminServer,
     cri::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
+    images::images_server::ImagesServer,
 };
 use holdfast_shim::events::{Event, serve as serve_events};
 use tokio::net::UnixListener;
@@ -130,6 +131,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
                 Event::Exit { container_id, id, status, at, .. } if container_id == id => {
                     pods.exited(&container_id, at, status).await
                 }
+                Event::Oom { container_id } => {
+                    pods.oom(&container_id);
+                    true
+                }
                 _ => true,
             }
         }
@@ -176,7 +181,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT),
     )
-    .add_service(AdminServer::new(service).max_decoding_message_size(MESSAGE_LIMIT));
+    .add_service(AdminServer::new(service.clone()).max_decoding_message_size(MESSAGE_LIMIT))
+    .add_service(ImagesServer::new(service).max_decoding_message_size(MESSAGE_LIMIT));
     let stop = CancellationToken::new();
     if let Some(listener) = scraped {
         info!(address = %listener.local_addr().map_err(at("read the address of", socket))?, "metrics");

@@ -8,12 +8,14 @@
 //! - `run`: bringing a pod up and taking it down.
 //! - `container`: making, starting, stopping and removing containers.
 //! - `exec`: ExecSync.
+//! - `foreign`: containers that somebody else's shim runs.
 //! - `recover`: what is done at start-up.
 
 pub mod config;
 mod container;
 pub(crate) mod exec;
 mod extras;
+pub(crate) mod foreign;
 mod readback;
 mod recover;
 mod run;
@@ -86,8 +88,10 @@ pub enum Error {
     Wrong { id: ContainerId, state: &'static str, what: &'static str },
     #[error("no runtime handler {name:?}: this node has {known}")]
     NoHandler { name: String, known: String },
-    #[error("runtime handler {0:?} is a foreign shim, which this version cannot drive yet")]
-    ForeignHandler(String),
+    #[error("shim {} is not installed: install it, or set the handler's `shim`", .0.display())]
+    NoShimBinary(PathBuf),
+    #[error("the shim of container {0} is dead: it and what it ran are being cleaned up")]
+    NoForeignShim(ContainerId),
     #[error("image {0:?} is not on this node: pull it first")]
     NoImage(String),
     #[error("the shim of pod {0} does not answer: it is being reached again, try once more")]
@@ -149,7 +153,7 @@ impl Kinded for Error {
             Error::Ambiguous(_) | Error::NoHandler { .. } => Kind::Invalid,
             Error::PodExists { .. } | Error::ContainerExists { .. } => Kind::AlreadyExists,
             Error::PodNotReady(_) | Error::Wrong { .. } => Kind::Precondition,
-            Error::ForeignHandler(_) => Kind::Unsupported,
+            Error::NoShimBinary(_) | Error::NoForeignShim(_) => Kind::Precondition,
             Error::Unreachable(_) | Error::Closed => Kind::Unavailable,
             Error::StillRuns { .. } | Error::Timeout { .. } => Kind::Deadline,
             Error::Shim { source, .. }
@@ -445,12 +449,11 @@ impl Pods {
         self.index().containers.contains_key(id)
     }
 
-    fn handler(&self, name: &str) -> Result<PathBuf, Error> {
+    fn handler(&self, name: &str) -> Result<&Handler, Error> {
         let runtime = &self.services.config.runtime;
         let name = if name.is_empty() { &runtime.default } else { name };
         match runtime.handlers.get(name) {
-            Some(Handler::Oci { path, .. }) => Ok(path.clone()),
-            Some(Handler::Foreign { .. }) => Err(Error::ForeignHandler(name.to_owned())),
+            Some(handler) => Ok(handler),
             None => Err(Error::NoHandler {
                 name: name.to_owned(),
                 known: runtime.handlers.keys().cloned().collect::<Vec<_>>().join(", "),
@@ -461,9 +464,9 @@ impl Pods {
     /// Makes a pod and brings it up. A second call for the same pod joins the first, or finds what
     /// it made.
     pub async fn run(&self, config: PodConfig, handler: &str) -> Shared<PodId> {
-        let runtime = self.handler(handler).map_err(Arc::new)?;
+        let driver = self.handler(handler).map_err(Arc::new)?;
         loop {
-            let pod = self.reserve(config.clone(), handler, runtime.clone()).map_err(Arc::new)?;
+            let pod = self.reserve(config.clone(), handler, driver).map_err(Arc::new)?;
             match pod.ask(task::Request::Run).await {
                 Ok(_) => return Ok(pod.id),
                 // It was what a crash left of this pod, and is taken away now.
@@ -474,7 +477,7 @@ impl Pods {
     }
 
     /// The pod of that key; a new one if there is none.
-    fn reserve(&self, config: PodConfig, handler: &str, runtime: PathBuf) -> Result<Pod, Error> {
+    fn reserve(&self, config: PodConfig, handler: &str, driver: &Handler) -> Result<Pod, Error> {
         let mut index = self.index_mut();
         let key = key(&config);
         if let Some(pod) = index.keys.get(&key).and_then(|id| index.pods.get(id)) {
@@ -493,7 +496,11 @@ impl Pods {
             id: PodId::random(),
             config,
             handler: handler.to_owned(),
-            runtime,
+            runtime: driver.runtime().to_owned(),
+            foreign: match driver {
+                Handler::Oci { .. } => None,
+                Handler::Foreign(foreign) => Some(foreign.clone()),
+            },
             created_at: SystemTime::now(),
             state: PodState::Starting,
             endpoint: None,

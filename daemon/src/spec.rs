@@ -33,6 +33,7 @@ pub mod args;
 mod caps;
 mod mounts;
 mod resources;
+mod sandbox;
 mod seccomp;
 mod seccomp_default;
 mod selinux;
@@ -40,6 +41,7 @@ pub mod user;
 
 pub use mounts::clean;
 pub use resources::{cgroups_path, own_cgroup, pod_cgroup, update};
+pub use sandbox::sandbox;
 
 /// Our AppArmor profile, where the node has it loaded.
 pub const APPARMOR_DEFAULT: &str = "holdfast-default";

@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use holdfast_protos::{admin, cri};
+use holdfast_protos::{admin, cri, images};
 use hyper::{
     Request, Response,
     body::{Body, Frame, SizeHint},
@@ -32,7 +32,7 @@ static METHODS: LazyLock<HashMap<String, (String, String)>> = LazyLock::new(|| {
     let mut add = |service: &str, method: &str| {
         known.insert(format!("/{service}/{method}"), (service.to_owned(), method.to_owned()));
     };
-    for set in [cri::DESCRIPTOR_SET, admin::DESCRIPTOR_SET] {
+    for set in [cri::DESCRIPTOR_SET, admin::DESCRIPTOR_SET, images::DESCRIPTOR_SET] {
         let set = prost_types::FileDescriptorSet::decode(set).unwrap_or_default();
         for file in &set.file {
             for service in &file.service {

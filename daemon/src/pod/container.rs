@@ -19,7 +19,7 @@ use tracing::warn;
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, io_at, readback, recover,
+    extras, foreign, io_at, readback, recover,
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
@@ -125,17 +125,21 @@ async fn make(
 
     let bundle = services.shims.container_bundle(&record.id);
     let namespaces = namespaces(services, view, record)?;
-    let (shared, view, draft) = (services.clone(), view.record.clone(), record.clone());
+    let (shared, pod, draft) = (services.clone(), view.record.clone(), record.clone());
     let image = image.clone();
     let at = bundle.clone();
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
     let user = tokio::task::spawn_blocking(move || {
-        prepare(&shared, &view, draft, &image, &snapshot, &held, &namespaces, &at)
+        prepare(&shared, &pod, draft, &image, &snapshot, &held, &namespaces, &at)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
     record.user = user;
 
+    if let Some(handler) = &view.record.foreign {
+        let created = foreign::create(services, &view.record, handler, record, &bundle).await;
+        return created.map_err(|source| Error::Create { name, command, source });
+    }
     let log = match record.log.as_os_str().is_empty() {
         // No file; attach works all the same.
         true => format!("{}?attach", options::CRI_LOG),
@@ -319,8 +323,12 @@ fn namespaces(
 }
 
 /// Starts a created container.
-pub(super) async fn start(pod: Pod, id: ContainerId) -> Result<Effect, Error> {
-    let client = pod.client().await?;
+pub(super) async fn start(
+    services: Arc<Services>,
+    pod: Pod,
+    id: ContainerId,
+) -> Result<Effect, Error> {
+    let client = foreign::tasks(&services, &pod, &id).await?;
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
     match client.start(id.as_str(), "").await {
@@ -361,7 +369,7 @@ pub(super) async fn stop(
     if container.record.state.is_exited() {
         return Ok(());
     }
-    let client = match pod.client().await {
+    let client = match foreign::tasks(services, &pod, &id).await {
         Ok(client) => client,
         // A dead shim's containers were killed and recorded; look again.
         Err(error) => {
@@ -408,6 +416,10 @@ async fn ended(
         view.containers.get(id).is_none_or(|container| container.record.state.is_exited())
     });
     let told = async {
+        if pod.view().record.foreign.is_some() {
+            // Asked already, and for as long as it takes.
+            std::future::pending::<()>().await;
+        }
         loop {
             tokio::time::sleep(ASK).await;
             let state = client.state(id.as_str(), "").await;
@@ -449,6 +461,9 @@ pub(super) async fn free(
     client: Option<&Client>,
     id: &ContainerId,
 ) -> Result<(), Error> {
+    let bundle = services.shims.container_bundle(id);
+    let ended = services.shims.end_foreign(id.as_str(), &bundle).await;
+    ended.map_err(|source| Error::Task { what: "delete", id: id.clone(), source })?;
     if let Some(client) = client {
         match client.delete(id.as_str(), "").await {
             Ok(_) => {}
@@ -456,7 +471,6 @@ pub(super) async fn free(
             Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
         }
     }
-    let bundle = services.shims.container_bundle(id);
     let unmounted = tokio::task::spawn_blocking(move || {
         unmount(&bundle.rootfs())?;
         volumes::unmount_images(&bundle)
@@ -562,7 +576,7 @@ pub(super) async fn update(
     let id = record.id;
     let mut merged = record.config.resources.merged(*resources);
     if !record.state.is_exited() {
-        let client = pod.client().await?;
+        let client = foreign::tasks(&services, &pod, &id).await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
         let json = serde_json::to_vec(&linux).expect("resources serialise");
