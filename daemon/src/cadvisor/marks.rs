@@ -206,8 +206,12 @@ fn path(record: &PodRecord) -> io::Result<Option<PathBuf>> {
 
 fn make(record: &PodRecord) -> io::Result<()> {
     let Some(path) = path(record)? else { return Ok(()) };
-    std::fs::create_dir(&path)
-        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+    match std::fs::create_dir(&path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// Removes a pod's mark; says whether there was one. Blocks.
@@ -216,9 +220,10 @@ pub(crate) fn remove(record: &PodRecord) -> io::Result<bool> {
         return Ok(false);
     }
     let Some(path) = path(record)? else { return Ok(false) };
-    match std::fs::remove_dir(&path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(io::Error::new(error.kind(), format!("{}: {error}", path.display()))),
+    let Err(error) = std::fs::remove_dir(&path) else { return Ok(true) };
+    match error.kind() {
+        // With processes in it, it is that of a pause container, which another shim has.
+        io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy => Ok(false),
+        kind => Err(io::Error::new(kind, format!("{}: {error}", path.display()))),
     }
 }
