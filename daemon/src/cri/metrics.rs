@@ -725,3 +725,35 @@ fn told(name: &str, kind: MetricType, labels: Vec<String>, value: u64, at: i64) 
         value: Some(cri::UInt64Value { value }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_is_described_once_with_labels_and_words() {
+        let all = descriptors();
+        let mut names: Vec<_> = all.iter().map(|d| d.name.as_str()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), all.len());
+        for descriptor in &all {
+            assert!(descriptor.name.starts_with("container_"), "{}", descriptor.name);
+            assert!(descriptor.help.ends_with('.'), "{}: {}", descriptor.name, descriptor.help);
+            assert_eq!(descriptor.label_keys[..6], LABELS.map(str::to_owned));
+        }
+    }
+
+    #[test]
+    fn what_is_too_large_for_a_message_is_refused_with_what_to_do() {
+        let metric = |size: usize| cri::PodSandboxMetrics {
+            pod_sandbox_id: "x".repeat(size),
+            ..Default::default()
+        };
+        let answer = |size| cri::ListPodSandboxMetricsResponse { pod_metrics: vec![metric(size)] };
+        assert!(fits(&answer(1000)).is_ok());
+        let refused = fits(&answer(MESSAGE_LIMIT)).unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::ResourceExhausted);
+        assert!(refused.message().contains("StreamPodSandboxMetrics"), "{}", refused.message());
+    }
+}
