@@ -304,7 +304,7 @@ impl Pod {
     /// waiting.
     async fn ask(&self, request: task::Request) -> Shared<task::Answer> {
         let (reply, answer) = oneshot::channel();
-        let command = task::Command::Request { request, reply };
+        let command = task::Command::Request { request, reply, cause: tracing::Span::current() };
         self.commands.send(command).await.map_err(|_| Arc::new(Error::Closed))?;
         answer.await.map_err(|_| Arc::new(Error::Closed))?
     }

@@ -180,6 +180,7 @@ static OBSERVER: client::Observer = client::Observer {
             Some(_) => "error",
         };
         crate::metrics::counts().shim_call(call, took, result);
+        crate::trace::called(call, took, result);
     },
 };
 

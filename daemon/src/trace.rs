@@ -21,6 +21,13 @@ pub(crate) fn continue_from(span: &Span, headers: &HeaderMap) {
     otlp::continue_from(span, headers);
 }
 
+/// Notes a call of a shim that has just ended, below the current span.
+#[cfg_attr(not(feature = "otlp"), expect(unused_variables, reason = "there are no traces"))]
+pub(crate) fn called(call: &'static str, took: std::time::Duration, result: &'static str) {
+    #[cfg(feature = "otlp")]
+    otlp::called(call, took, result);
+}
+
 /// What a call to another process takes along: `traceparent` and the like.
 pub(crate) fn carried() -> Vec<(String, String)> {
     #[cfg(feature = "otlp")]
@@ -34,19 +41,25 @@ pub use otlp::{Tracer, layer};
 
 #[cfg(feature = "otlp")]
 mod otlp {
-    use std::{collections::HashMap, time::Duration};
+    use std::{
+        collections::HashMap,
+        sync::OnceLock,
+        time::{Duration, SystemTime},
+    };
 
     use hyper::http::HeaderMap;
     use opentelemetry::{
         KeyValue,
         propagation::{Extractor, TextMapPropagator as _},
-        trace::{TraceContextExt as _, TracerProvider as _},
+        trace::{
+            Span as _, SpanKind, Status, TraceContextExt as _, Tracer as _, TracerProvider as _,
+        },
     };
     use opentelemetry_otlp::WithExportConfig as _;
     use opentelemetry_sdk::{
         Resource,
         propagation::TraceContextPropagator,
-        trace::{Sampler, SdkTracerProvider},
+        trace::{Sampler, SdkTracer, SdkTracerProvider},
     };
     use tracing::{Span, Subscriber};
     use tracing_opentelemetry::OpenTelemetrySpanExt as _;
@@ -104,7 +117,35 @@ mod otlp {
         let layer = tracing_opentelemetry::layer()
             .with_tracer(provider.tracer("holdfastd"))
             .with_filter(filter_fn(|metadata| metadata.target() == super::TARGET));
+        // Calls of shims are noted when they have ended, without a span of the log's library.
+        let _ = CALLS.set(provider.tracer("holdfastd"));
         Ok((Box::new(layer), Tracer(provider)))
+    }
+
+    /// For spans of calls of shims.
+    static CALLS: OnceLock<SdkTracer> = OnceLock::new();
+
+    pub(super) fn called(call: &'static str, took: Duration, result: &'static str) {
+        let Some(tracer) = CALLS.get() else { return };
+        let context = Span::current().context();
+        if !context.span().span_context().is_sampled() {
+            return;
+        }
+        let now = SystemTime::now();
+        let mut span = tracer
+            .span_builder(format!("shim {call}"))
+            .with_kind(SpanKind::Client)
+            .with_start_time(now.checked_sub(took).unwrap_or(now))
+            .with_attributes([
+                KeyValue::new("rpc.system", "ttrpc"),
+                KeyValue::new("rpc.method", call),
+                KeyValue::new("result", result),
+            ])
+            .start_with_context(tracer, &context);
+        if result != "ok" {
+            span.set_status(Status::error(result));
+        }
+        span.end_with_timestamp(now);
     }
 
     struct Headers<'a>(&'a HeaderMap);
