@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use holdfast_shim::client::Client;
+use holdfast_shim::client::{Client, Endpoint};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
@@ -168,13 +168,27 @@ pub(super) enum Effect {
     Stopped,
     Gone,
     Created(Box<ContainerRecord>),
-    Started { id: ContainerId, at: SystemTime },
+    Started {
+        id: ContainerId,
+        at: SystemTime,
+    },
     Removed(ContainerId),
-    Updated { id: ContainerId, resources: Box<Resources> },
+    Updated {
+        id: ContainerId,
+        resources: Box<Resources>,
+    },
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     Reaped,
-    Linked { client: Client, started: Vec<ContainerId>, exits: Vec<recover::Seen> },
-    Dead { exits: Vec<recover::Seen> },
+    Linked {
+        client: Client,
+        /// It is a new shim.
+        endpoint: Option<Endpoint>,
+        started: Vec<ContainerId>,
+        exits: Vec<recover::Seen>,
+    },
+    Dead {
+        exits: Vec<recover::Seen>,
+    },
     Closed,
     Ended(recover::Seen),
     SandboxEnded,
@@ -590,6 +604,7 @@ impl Owner {
                 record.state = PodState::NotReady;
                 self.save_pod(record).await?;
                 self.link.send_replace(Link::Down);
+                services.shims.let_go(&self.pod.id);
                 self.stopping = false;
                 self.publish(self.pod.id.clone(), Kind::Stopped);
                 info!("pod is stopped");
@@ -644,7 +659,11 @@ impl Owner {
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
             Effect::Reaped => {}
-            Effect::Linked { client, started, exits } => {
+            Effect::Linked { client, endpoint, started, exits } => {
+                if endpoint.is_some() && endpoint != self.record.endpoint {
+                    let record = PodRecord { endpoint, ..(*self.record).clone() };
+                    self.save_pod(record).await?;
+                }
                 self.connected(client);
                 for id in started {
                     self.change(&id, Change::Started { at: SystemTime::now() }).await?;
@@ -666,6 +685,7 @@ impl Owner {
                 warn!("the pod's shim is dead");
                 crate::metrics::counts().shims_lost.inc();
                 self.link.send_replace(Link::Down);
+                services.shims.let_go(&self.pod.id);
                 for seen in exits {
                     self.exited(&seen.id, seen.at, seen.how).await;
                 }
@@ -676,7 +696,9 @@ impl Owner {
             }
             Effect::Closed => {
                 // A shim that is, or was, shut down closes; anything else is looked into.
-                let ending = self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod);
+                let ending = (self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod))
+                    // It goes with a shim that was shut down.
+                    && !services.shims.pod_bundle(&self.pod.id).shim_state().exists();
                 if !ending && matches!(*self.link.borrow(), Link::Up(_)) {
                     self.link.send_replace(Link::Pending);
                     self.reach();
@@ -721,9 +743,16 @@ impl Owner {
                     self.early.remove(&id);
                 }
             }
-            Op::StopPod => self.stopping = false,
-            Op::RemovePod
-            | Op::Remove(_)
+            Op::StopPod | Op::RemovePod => {
+                self.stopping &= *op != Op::StopPod;
+                // What went during it was not looked into, for that might have been its end.
+                let lost = matches!(&*self.link.borrow(), Link::Up(client) if client.is_closed());
+                if lost {
+                    self.link.send_replace(Link::Pending);
+                    self.reach();
+                }
+            }
+            Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
             | Op::Reap(_)
@@ -736,6 +765,7 @@ impl Owner {
 
     fn forget(&mut self) {
         self.gone = true;
+        self.pods.services.shims.let_go(&self.pod.id);
         let last = self.view.borrow().clone();
         for id in last.containers.keys() {
             self.pods.services.events.send(id.clone(), Kind::Deleted, last.clone());
@@ -745,10 +775,11 @@ impl Owner {
     }
 
     fn connected(&mut self, client: Client) {
-        let watched = client.clone();
+        let (watched, shims) = (client.clone(), self.pods.services.shims.clone());
+        let id = self.pod.id.clone();
         self.link.send_replace(Link::Up(client));
         self.spawn(Op::Watch, async move {
-            watched.closed().await;
+            shims.hold(&id, &watched).await;
             Ok(Effect::Closed)
         });
         let Some(handler) = &self.record.foreign else { return };

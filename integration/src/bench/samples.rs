@@ -20,6 +20,8 @@ enum Against {
     Zero,
     /// The median above the floor's.
     Floor,
+    /// The median as a part of containerd's; nothing where that is not measured.
+    Peer,
 }
 
 /// A limit of the median.
@@ -97,18 +99,41 @@ const METRICS: &[(&str, &str)] = &[
     (WATCH_CPU[3], "ms"),
     (WATCH_METRICS, "ms"),
     (WATCH_CPU[4], "ms"),
-    (PULL, "ms"),
+    (PULL_TEN, "ms"),
+    (PULL_ONE, "ms"),
+    (PULL_40, "ms"),
+    (PULL_TEN_ZSTD, "ms"),
+    (PULL_ONE_ZSTD, "ms"),
+    (PULL_40_ZSTD, "ms"),
+    (PULL_WRITTEN, "B/B"),
+    (PULL_MEMORY, "MiB"),
+    (PULL_TEN_AT_ONCE, "1"),
+    (PULL_FETCHED, ""),
+    (PULL_SHARED, ""),
+    (PULL_UP_TO_DATE, "ms"),
     (RESTART, "ms"),
     (SHIM, "KiB"),
     (POD_MEMORY, "KiB"),
 ];
 
-const BARS: [Bar; 8] = [
+const BARS: [Bar; 20] = [
     Bar { metric: RUN_POD, against: Against::Floor, limit: 10.0 },
     Bar { metric: CREATE_START, against: Against::Floor, limit: 6.0 },
     Bar { metric: STOP, against: Against::Zero, limit: 15.0 },
     Bar { metric: EXEC, against: Against::Floor, limit: 3.0 },
     Bar { metric: LIST, against: Against::Zero, limit: 3.0 },
+    Bar { metric: PULL_TEN, against: Against::Peer, limit: 0.5 },
+    Bar { metric: PULL_ONE, against: Against::Peer, limit: 0.7 },
+    Bar { metric: PULL_40, against: Against::Peer, limit: 0.4 },
+    Bar { metric: PULL_TEN_ZSTD, against: Against::Peer, limit: 0.5 },
+    Bar { metric: PULL_ONE_ZSTD, against: Against::Peer, limit: 0.7 },
+    Bar { metric: PULL_40_ZSTD, against: Against::Peer, limit: 0.4 },
+    Bar { metric: PULL_WRITTEN, against: Against::Zero, limit: 1.1 },
+    Bar { metric: PULL_MEMORY, against: Against::Zero, limit: 120.0 },
+    Bar { metric: PULL_TEN_AT_ONCE, against: Against::Zero, limit: 1.1 },
+    Bar { metric: PULL_FETCHED, against: Against::Zero, limit: 1.0 },
+    Bar { metric: PULL_SHARED, against: Against::Zero, limit: 1.0 },
+    Bar { metric: PULL_UP_TO_DATE, against: Against::Zero, limit: 20.0 },
     Bar { metric: RESTART, against: Against::Zero, limit: 150.0 },
     Bar { metric: SHIM, against: Against::Zero, limit: 450.0 },
     Bar { metric: POD_MEMORY, against: Against::Zero, limit: 650.0 },
@@ -148,7 +173,7 @@ impl Samples {
             }
             let cell =
                 |column| match (self.median(metric, column), self.percentile(metric, column, 90)) {
-                    (Some(median), Some(high)) => format!("{median:.1} ({high:.1})"),
+                    (Some(median), Some(high)) => format!("{} ({})", short(median), short(high)),
                     _ => "-".into(),
                 };
             let ratio = match (self.median(metric, HOLDFAST), self.median(metric, CONTAINERD)) {
@@ -176,10 +201,17 @@ impl Samples {
             match bar.against {
                 Against::Zero => Some(median),
                 Against::Floor => Some(median - self.median(bar.metric, FLOOR)?),
+                Against::Peer => Some(median / self.median(bar.metric, CONTAINERD)?),
             }
         };
         BARS.into_iter()
-            .filter_map(|bar| Some((bar, seen(bar, HOLDFAST)?, seen(bar, CONTAINERD))))
+            .filter_map(|bar| {
+                let other = match bar.against {
+                    Against::Peer => None,
+                    _ => seen(bar, CONTAINERD),
+                };
+                Some((bar, seen(bar, HOLDFAST)?, other))
+            })
             .collect()
     }
 
@@ -190,12 +222,13 @@ impl Samples {
             let over = match bar.against {
                 Against::Zero => "",
                 Against::Floor => " above the floor",
+                Against::Peer => " of containerd's",
             };
             let verdict = if seen <= bar.limit { "met" } else { "NOT MET" };
-            let other = other.map_or(String::new(), |value| format!(" (containerd {value:.1})"));
+            let other = other.map_or(String::new(), |value| format!(" (containerd {value:.2})"));
             let _ = writeln!(
                 text,
-                "{:<22} {seen:>8.1}{over} <= {}: {verdict}{other}",
+                "{:<22} {seen:>8.2}{over} <= {}: {verdict}{other}",
                 bar.metric, bar.limit
             );
         }
@@ -227,6 +260,7 @@ impl Samples {
                 json!({
                     "name": bar.metric,
                     "above_floor": matches!(bar.against, Against::Floor),
+                    "of_containerd": matches!(bar.against, Against::Peer),
                     "limit": bar.limit,
                     "holdfast": seen,
                     "containerd": other,
@@ -236,6 +270,11 @@ impl Samples {
             .collect();
         json!({"metrics": metrics, "bars": bars})
     }
+}
+
+/// With as many digits as there are worth showing.
+fn short(value: f64) -> String {
+    if value < 10.0 { format!("{value:.2}") } else { format!("{value:.1}") }
 }
 
 #[cfg(test)]
@@ -269,5 +308,18 @@ mod tests {
         }
         assert_eq!(samples.json()["bars"][0]["met"], false);
         assert!(samples.bars().contains("NOT MET"), "{}", samples.bars());
+    }
+
+    #[test]
+    fn a_bar_may_be_a_part_of_what_the_other_takes() {
+        let mut samples = Samples::default();
+        samples.add(PULL_TEN, HOLDFAST, 45.0);
+        // Not measured: nothing is said.
+        assert!(samples.bars().is_empty());
+        samples.add(PULL_TEN, CONTAINERD, 100.0);
+        assert!(samples.bars().contains("0.45 of containerd's <= 0.5: met"), "{}", samples.bars());
+        samples.add(PULL_40, HOLDFAST, 45.0);
+        samples.add(PULL_40, CONTAINERD, 100.0);
+        assert!(samples.bars().contains("0.45 of containerd's <= 0.4: NOT"), "{}", samples.bars());
     }
 }
