@@ -67,8 +67,30 @@ pub const WATCH_METRICS: &str = "PodSandboxMetrics";
 /// Processor time of the daemon for one of each of them.
 pub const WATCH_CPU: [&str; 5] =
     ["- list, CPU", "- status, CPU", "- stats, CPU", "- pod stats, CPU", "- metrics, CPU"];
-/// Ten layers of 16 MiB, gzip.
-pub const PULL: &str = "PullImage, 10 layers";
+/// Ten layers, 1 GiB when unpacked, two thirds in large files.
+pub const PULL_TEN: &str = "Pull 10 layers, gzip";
+/// The same, zstd.
+pub const PULL_TEN_ZSTD: &str = "Pull 10 layers, zstd";
+/// One such layer of 500 MiB when unpacked.
+pub const PULL_ONE: &str = "Pull 1 layer, gzip";
+/// The same, zstd.
+pub const PULL_ONE_ZSTD: &str = "Pull 1 layer, zstd";
+/// Forty layers of half a MiB.
+pub const PULL_40: &str = "Pull 40 layers, gzip";
+/// The same, zstd.
+pub const PULL_40_ZSTD: &str = "Pull 40 layers, zstd";
+/// Bytes that the daemon wrote for each byte of the layers' archives, in each of those pulls.
+pub const PULL_WRITTEN: &str = "Pull, written per byte";
+/// Growth of the daemon's resident memory to its peak during each of those pulls.
+pub const PULL_MEMORY: &str = "Pull, peak of memory";
+/// Ten PullImage at once for an image that is missing, as a part of one such pull.
+pub const PULL_TEN_AT_ONCE: &str = "Ten pulls at once";
+/// How often the layer of it was downloaded.
+pub const PULL_FETCHED: &str = "Ten pulls, downloads";
+/// Layers that were downloaded of an image that shares nine of ten.
+pub const PULL_SHARED: &str = "Pull, 9 of 10 here";
+/// An image that is here and up to date.
+pub const PULL_UP_TO_DATE: &str = "Pull, up to date";
 /// From the start of the daemon to the first complete lists.
 pub const RESTART: &str = "Restart, 30 pods";
 /// PSS of a shim.
