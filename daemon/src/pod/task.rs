@@ -24,7 +24,9 @@ use tracing::{Instrument, Span, info, warn};
 use super::{
     ContainerView, Error, Pod, PodView, Pods, Shared,
     config::{ContainerConfig, Resources},
-    container, foreign, recover, run,
+    container, foreign,
+    nri::Change as Limits,
+    recover, run,
     state::{Change, Exit, PodState},
 };
 use crate::{
@@ -60,7 +62,7 @@ pub(super) enum Request {
     },
     Update {
         id: ContainerId,
-        resources: Box<Resources>,
+        change: Box<Limits>,
     },
     /// New overhead and new sum of the containers' resources; `None`: as it was.
     UpdatePod {
@@ -439,7 +441,7 @@ impl Owner {
                 };
                 if let Some(found) = self.containers.values().find(same) {
                     let found = &found.view.record;
-                    let retry = found.config == *config
+                    let retry = found.is_of(&config)
                         && matches!(found.state, super::state::ContainerState::Created { .. });
                     if retry {
                         let _ = reply.send(Ok(Answer::Container(found.id.clone())));
@@ -493,13 +495,13 @@ impl Owner {
                 }
                 self.join(Op::Remove(id.clone()), reply, container::remove(services, pod, id));
             }
-            Request::Update { id, resources } => {
+            Request::Update { id, change } => {
                 let Some(container) = self.containers.get(&id) else {
                     return Err((Error::NoContainer(id.to_string()), reply));
                 };
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
-                self.join(op, reply, container::update(services, pod, record, resources));
+                self.join(op, reply, container::update(services, pod, record, change));
             }
             // Nothing outside is to be done; it goes the way of all changes.
             Request::UpdatePod { change } => {
@@ -592,6 +594,7 @@ impl Owner {
                 }
                 self.connected(up.client);
                 self.publish(self.pod.id.clone(), Kind::Started);
+                services.nri.listed(self.pod.id.as_str());
                 info!(
                     name = %self.record.config.name,
                     namespace = %self.record.config.namespace,
@@ -625,6 +628,7 @@ impl Owner {
                 self.containers.insert(id.clone(), Container::new(*record));
                 self.watch_foreign(&id, Duration::ZERO);
                 self.publish(id.clone(), Kind::Created);
+                services.nri.listed(id.as_str());
                 if let Some((at, how)) = self.early.remove(&id) {
                     self.exited(&id, at, how).await;
                 }
@@ -632,6 +636,9 @@ impl Owner {
             }
             Effect::Started { id, at } => {
                 self.change(&id, Change::Started { at }).await?;
+                if let Some(container) = self.containers.get(&id) {
+                    self.pods.announce_start(&self.view.borrow(), &container.view);
+                }
             }
             Effect::Removed(id) => {
                 services.store.delete_container(&id).await?;
@@ -857,6 +864,9 @@ impl Owner {
                 info!(container = id.short(), name, code, "container ended");
                 let exits = &crate::metrics::counts().container_exits;
                 exits.get_or_create(&[("reason", reason.into())]).inc();
+                if let Some(container) = self.containers.get(id) {
+                    self.pods.announce_exit(&self.view.borrow(), &container.view);
+                }
                 self.reap(id.clone());
                 true
             }
