@@ -14,17 +14,19 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use holdfast_shim::client::Client;
+use holdfast_shim::client::{Client, Endpoint};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
 };
-use tracing::{Instrument, info, warn};
+use tracing::{Instrument, Span, info, warn};
 
 use super::{
     ContainerView, Error, Pod, PodView, Pods, Shared,
     config::{ContainerConfig, Resources},
-    container, foreign, recover, run,
+    container, foreign,
+    nri::Change as Limits,
+    recover, run,
     state::{Change, Exit, PodState},
 };
 use crate::{
@@ -34,6 +36,7 @@ use crate::{
     id::ContainerId,
     shims::Link,
     store::pods::{ContainerRecord, PodRecord},
+    trace::TARGET,
 };
 
 /// How long operations may still take when the daemon is asked to end. What is not done by then is
@@ -59,7 +62,7 @@ pub(super) enum Request {
     },
     Update {
         id: ContainerId,
-        resources: Box<Resources>,
+        change: Box<Limits>,
     },
     /// New overhead and new sum of the containers' resources; `None`: as it was.
     UpdatePod {
@@ -81,14 +84,11 @@ pub(super) enum Command {
     Request {
         request: Request,
         reply: Reply,
+        /// What it is traced below.
+        cause: Span,
     },
     /// A container's first process ended. `taken` is answered when the record of it is written.
-    Exited {
-        id: ContainerId,
-        at: SystemTime,
-        how: Exit,
-        taken: oneshot::Sender<()>,
-    },
+    Exited { id: ContainerId, at: SystemTime, how: Exit, taken: oneshot::Sender<()> },
 }
 
 /// An operation: what a second request can join, and what others must not overlap with.
@@ -131,6 +131,21 @@ impl Op {
         }
     }
 
+    /// Its name in a trace; what nobody asks for is in none.
+    fn name(&self) -> Option<&'static str> {
+        match self {
+            Op::Run => Some("run pod"),
+            Op::StopPod => Some("stop pod"),
+            Op::RemovePod => Some("remove pod"),
+            Op::Create(..) => Some("create container"),
+            Op::Start(_) => Some("start container"),
+            Op::Remove(_) => Some("remove container"),
+            Op::Update(_) => Some("update container"),
+            Op::UpdatePod => Some("update pod"),
+            Op::Ends(_) | Op::Reap(_) | Op::Discard(_) | Op::Link | Op::Watch => None,
+        }
+    }
+
     /// Whether a pod's removal must wait for it.
     fn holds_the_pod(&self) -> bool {
         match self {
@@ -155,13 +170,27 @@ pub(super) enum Effect {
     Stopped,
     Gone,
     Created(Box<ContainerRecord>),
-    Started { id: ContainerId, at: SystemTime },
+    Started {
+        id: ContainerId,
+        at: SystemTime,
+    },
     Removed(ContainerId),
-    Updated { id: ContainerId, resources: Box<Resources> },
+    Updated {
+        id: ContainerId,
+        resources: Box<Resources>,
+    },
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     Reaped,
-    Linked { client: Client, started: Vec<ContainerId>, exits: Vec<recover::Seen> },
-    Dead { exits: Vec<recover::Seen> },
+    Linked {
+        client: Client,
+        /// It is a new shim.
+        endpoint: Option<Endpoint>,
+        started: Vec<ContainerId>,
+        exits: Vec<recover::Seen>,
+    },
+    Dead {
+        exits: Vec<recover::Seen>,
+    },
     Closed,
     Ended(recover::Seen),
     SandboxEnded,
@@ -202,6 +231,8 @@ pub(super) struct Owner {
     commands: mpsc::Receiver<Command>,
     view: watch::Sender<Arc<PodView>>,
     link: watch::Sender<Link>,
+    /// By which the log knows the pod.
+    span: Span,
 }
 
 impl Owner {
@@ -239,12 +270,14 @@ impl Owner {
             commands,
             view,
             link,
+            span: Span::none(),
         };
         (pod, owner)
     }
 
     pub(super) async fn run(mut self) {
         let span = tracing::info_span!("pod", id = self.pod.id.short());
+        self.span = span.clone();
         async {
             self.serve().await;
             self.drain().await;
@@ -311,7 +344,12 @@ impl Owner {
         op: Op,
         work: impl Future<Output = Result<Effect, Error>> + Send + 'static,
     ) {
-        let handle = self.ops.spawn(work.in_current_span());
+        // The log knows it by the pod, a trace by the request.
+        let traced = match op.name() {
+            Some(name) => tracing::info_span!(target: TARGET, "pod", otel.name = name),
+            None => Span::none(),
+        };
+        let handle = self.ops.spawn(work.instrument(traced).instrument(self.span.clone()));
         self.running.insert(handle.id(), op);
     }
 
@@ -332,7 +370,10 @@ impl Owner {
 
     async fn command(&mut self, command: Command) {
         match command {
-            Command::Request { request, reply } => self.request(request, reply),
+            Command::Request { request, reply, cause } => {
+                let _below = cause.enter();
+                self.request(request, reply);
+            }
             Command::Exited { id, at, how, taken } => {
                 if self.exited(&id, at, how).await {
                     // Nobody waits if the connection to the shim went meanwhile: it tells again.
@@ -400,7 +441,7 @@ impl Owner {
                 };
                 if let Some(found) = self.containers.values().find(same) {
                     let found = &found.view.record;
-                    let retry = found.config == *config
+                    let retry = found.is_of(&config)
                         && matches!(found.state, super::state::ContainerState::Created { .. });
                     if retry {
                         let _ = reply.send(Ok(Answer::Container(found.id.clone())));
@@ -454,13 +495,13 @@ impl Owner {
                 }
                 self.join(Op::Remove(id.clone()), reply, container::remove(services, pod, id));
             }
-            Request::Update { id, resources } => {
+            Request::Update { id, change } => {
                 let Some(container) = self.containers.get(&id) else {
                     return Err((Error::NoContainer(id.to_string()), reply));
                 };
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
-                self.join(op, reply, container::update(services, pod, record, resources));
+                self.join(op, reply, container::update(services, pod, record, change));
             }
             // Nothing outside is to be done; it goes the way of all changes.
             Request::UpdatePod { change } => {
@@ -553,6 +594,7 @@ impl Owner {
                 }
                 self.connected(up.client);
                 self.publish(self.pod.id.clone(), Kind::Started);
+                services.nri.listed(self.pod.id.as_str());
                 info!(
                     name = %self.record.config.name,
                     namespace = %self.record.config.namespace,
@@ -565,6 +607,7 @@ impl Owner {
                 record.state = PodState::NotReady;
                 self.save_pod(record).await?;
                 self.link.send_replace(Link::Down);
+                services.shims.let_go(&self.pod.id);
                 self.stopping = false;
                 self.publish(self.pod.id.clone(), Kind::Stopped);
                 info!("pod is stopped");
@@ -585,6 +628,7 @@ impl Owner {
                 self.containers.insert(id.clone(), Container::new(*record));
                 self.watch_foreign(&id, Duration::ZERO);
                 self.publish(id.clone(), Kind::Created);
+                services.nri.listed(id.as_str());
                 if let Some((at, how)) = self.early.remove(&id) {
                     self.exited(&id, at, how).await;
                 }
@@ -592,6 +636,9 @@ impl Owner {
             }
             Effect::Started { id, at } => {
                 self.change(&id, Change::Started { at }).await?;
+                if let Some(container) = self.containers.get(&id) {
+                    self.pods.announce_start(&self.view.borrow(), &container.view);
+                }
             }
             Effect::Removed(id) => {
                 services.store.delete_container(&id).await?;
@@ -619,7 +666,11 @@ impl Owner {
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
             Effect::Reaped => {}
-            Effect::Linked { client, started, exits } => {
+            Effect::Linked { client, endpoint, started, exits } => {
+                if endpoint.is_some() && endpoint != self.record.endpoint {
+                    let record = PodRecord { endpoint, ..(*self.record).clone() };
+                    self.save_pod(record).await?;
+                }
                 self.connected(client);
                 for id in started {
                     self.change(&id, Change::Started { at: SystemTime::now() }).await?;
@@ -639,7 +690,9 @@ impl Owner {
             }
             Effect::Dead { exits } => {
                 warn!("the pod's shim is dead");
+                crate::metrics::counts().shims_lost.inc();
                 self.link.send_replace(Link::Down);
+                services.shims.let_go(&self.pod.id);
                 for seen in exits {
                     self.exited(&seen.id, seen.at, seen.how).await;
                 }
@@ -650,7 +703,9 @@ impl Owner {
             }
             Effect::Closed => {
                 // A shim that is, or was, shut down closes; anything else is looked into.
-                let ending = self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod);
+                let ending = (self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod))
+                    // It goes with a shim that was shut down.
+                    && !services.shims.pod_bundle(&self.pod.id).shim_state().exists();
                 if !ending && matches!(*self.link.borrow(), Link::Up(_)) {
                     self.link.send_replace(Link::Pending);
                     self.reach();
@@ -695,9 +750,16 @@ impl Owner {
                     self.early.remove(&id);
                 }
             }
-            Op::StopPod => self.stopping = false,
-            Op::RemovePod
-            | Op::Remove(_)
+            Op::StopPod | Op::RemovePod => {
+                self.stopping &= *op != Op::StopPod;
+                // What went during it was not looked into, for that might have been its end.
+                let lost = matches!(&*self.link.borrow(), Link::Up(client) if client.is_closed());
+                if lost {
+                    self.link.send_replace(Link::Pending);
+                    self.reach();
+                }
+            }
+            Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
             | Op::Reap(_)
@@ -710,6 +772,7 @@ impl Owner {
 
     fn forget(&mut self) {
         self.gone = true;
+        self.pods.services.shims.let_go(&self.pod.id);
         let last = self.view.borrow().clone();
         for id in last.containers.keys() {
             self.pods.services.events.send(id.clone(), Kind::Deleted, last.clone());
@@ -719,10 +782,11 @@ impl Owner {
     }
 
     fn connected(&mut self, client: Client) {
-        let watched = client.clone();
+        let (watched, shims) = (client.clone(), self.pods.services.shims.clone());
+        let id = self.pod.id.clone();
         self.link.send_replace(Link::Up(client));
         self.spawn(Op::Watch, async move {
-            watched.closed().await;
+            shims.hold(&id, &watched).await;
             Ok(Effect::Closed)
         });
         let Some(handler) = &self.record.foreign else { return };
@@ -794,10 +858,15 @@ impl Owner {
             return true;
         }
         let name = container.view.record.config.name.clone();
-        let code = how.code();
+        let (code, reason) = (how.code(), how.reason());
         match self.change(id, Change::Exited { at, how }).await {
             Ok(()) => {
                 info!(container = id.short(), name, code, "container ended");
+                let exits = &crate::metrics::counts().container_exits;
+                exits.get_or_create(&[("reason", reason.into())]).inc();
+                if let Some(container) = self.containers.get(id) {
+                    self.pods.announce_exit(&self.view.borrow(), &container.view);
+                }
                 self.reap(id.clone());
                 true
             }
