@@ -138,6 +138,10 @@ soak: root deps test-bins ## the tests of survival at full size, an hour or more
 	@$(give_back); HOLDFAST_BIN_DIR=$(TEST_BIN) HOLDFAST_SOAK=$(SOAK) \
 	  $(CARGO) nextest run --locked --profile soak --no-fail-fast -p holdfast-integration -E '$(SOAKS)'
 
+.PHONY: power-cuts
+power-cuts: root deps ## cuts the power 200 times while images are pulled (root); CUTS=n for another number
+	@$(give_back); HOLDFAST_POWER_CUTS=$(or $(CUTS),200) $(CARGO) test --locked -p holdfast-integration --test power -- --nocapture
+
 .PHONY: bench
 bench: root deps build ## measures against the bare runtimes, and containerd where it is installed (root)
 	@$(give_back); $(CARGO) build --locked --release -p holdfast-integration --bins; \

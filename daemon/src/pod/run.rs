@@ -15,6 +15,7 @@ use holdfast_shim::{
     options::{IdMap, PodOptions, UserMappings},
 };
 use rustix::mount::{MountFlags, UnmountFlags};
+use tracing::warn;
 
 use super::{
     Error, Pod, Services,
@@ -360,10 +361,14 @@ async fn tear_down(
         crash::point("daemon.stop-pod.cleaned-up-after-shim");
     }
     let (bundle, own_cgroup) = (bundle.clone(), record.config.cgroup_parent.is_empty());
-    let of = id.clone();
+    let (of, record) = (id.clone(), record.clone());
     tokio::task::spawn_blocking(move || {
         unmount(&bundle.shm())?;
         crash::point("daemon.stop-pod.shm-unmounted");
+        // The kubelet removes it with the pod's cgroup, if it cannot be removed now.
+        if let Err(error) = crate::cadvisor::remove_mark(&record) {
+            warn!(pod = of.short(), %error, "a cgroup is left");
+        }
         if own_cgroup {
             // Containers without a parent of the kubelet's live below a group of ours.
             let path = spec::own_cgroup(&of);

@@ -22,6 +22,8 @@ enum Against {
     Floor,
     /// The median as a multiple of another's.
     Times(Column),
+    /// Nothing: the highest of all, not the median.
+    Most,
 }
 
 /// A limit of the median.
@@ -54,6 +56,19 @@ pub const REMOVE: &str = "RemoveContainer";
 pub const LIST: &str = "ListContainers, 500";
 /// The same on a smaller load, which no bar is about.
 pub const LIST_QUICK: &str = "ListContainers, 100";
+/// ListContainers with 500 running containers.
+pub const WATCH_LIST: &str = "ListContainers, running";
+/// Status of the runtime beside them.
+pub const WATCH_STATUS: &str = "Status";
+/// ListContainerStats.
+pub const WATCH_STATS: &str = "ListContainerStats";
+/// ListPodSandboxStats.
+pub const WATCH_POD_STATS: &str = "ListPodSandboxStats";
+/// StreamPodSandboxMetrics, read to its end.
+pub const WATCH_METRICS: &str = "PodSandboxMetrics";
+/// Processor time of the daemon for one of each of them.
+pub const WATCH_CPU: [&str; 5] =
+    ["- list, CPU", "- status, CPU", "- stats, CPU", "- pod stats, CPU", "- metrics, CPU"];
 /// Ten layers, 1 GiB when unpacked, two thirds in large files.
 pub const PULL_TEN: &str = "Pull 10 layers, gzip";
 /// The same, zstd.
@@ -91,7 +106,7 @@ pub const SHIM_GROWTH: &str = "Shim PSS growth in use";
 pub const LOG: &str = "Output, 256 MB";
 
 /// In the order of the table, with their units.
-const METRICS: [(&str, &str); 28] = [
+const METRICS: &[(&str, &str)] = &[
     (RUN_POD, "ms"),
     (STOP_POD, "ms"),
     (REMOVE_POD, "ms"),
@@ -103,6 +118,16 @@ const METRICS: [(&str, &str); 28] = [
     (REMOVE, "ms"),
     (LIST, "ms"),
     (LIST_QUICK, "ms"),
+    (WATCH_LIST, "ms"),
+    (WATCH_CPU[0], "ms"),
+    (WATCH_STATUS, "ms"),
+    (WATCH_CPU[1], "ms"),
+    (WATCH_STATS, "ms"),
+    (WATCH_CPU[2], "ms"),
+    (WATCH_POD_STATS, "ms"),
+    (WATCH_CPU[3], "ms"),
+    (WATCH_METRICS, "ms"),
+    (WATCH_CPU[4], "ms"),
     (PULL_TEN, "ms"),
     (PULL_ONE, "ms"),
     (PULL_40, "ms"),
@@ -135,7 +160,7 @@ const BARS: [Bar; 24] = [
     Bar { metric: PULL_ONE_ZSTD, against: Against::Times(CONTAINERD), limit: 0.7 },
     Bar { metric: PULL_40_ZSTD, against: Against::Times(CONTAINERD), limit: 0.4 },
     Bar { metric: PULL_WRITTEN, against: Against::Zero, limit: 1.1 },
-    Bar { metric: PULL_MEMORY, against: Against::Zero, limit: 120.0 },
+    Bar { metric: PULL_MEMORY, against: Against::Most, limit: 120.0 },
     Bar { metric: PULL_TEN_AT_ONCE, against: Against::Zero, limit: 1.1 },
     Bar { metric: PULL_FETCHED, against: Against::Zero, limit: 1.0 },
     Bar { metric: PULL_SHARED, against: Against::Zero, limit: 1.0 },
@@ -177,7 +202,7 @@ impl Samples {
             "{:<22} {:>4}  {:>17}  {:>17}  {:>17}  {:>7}  {:>7}\n",
             "p50 (p90)", "", FLOOR, HOLDFAST, CONTAINERD, "ratio", "p99"
         );
-        for (metric, unit) in METRICS {
+        for &(metric, unit) in METRICS {
             if !self.0.keys().any(|(name, _)| *name == metric) {
                 continue;
             }
@@ -210,6 +235,7 @@ impl Samples {
             let median = self.median(bar.metric, column)?;
             match bar.against {
                 Against::Zero => Some(median),
+                Against::Most => self.percentile(bar.metric, column, 100),
                 Against::Floor => Some(median - self.median(bar.metric, FLOOR)?),
                 Against::Times(other) => Some(median / self.median(bar.metric, other)?),
             }
@@ -233,6 +259,7 @@ impl Samples {
                 Against::Zero => String::new(),
                 Against::Floor => " above the floor".to_owned(),
                 Against::Times(other) => format!(" times {other}"),
+                Against::Most => " at most".to_owned(),
             };
             let verdict = if seen <= bar.limit { "met" } else { "NOT MET" };
             let other = other.map_or(String::new(), |value| format!(" (containerd {value:.2})"));
@@ -248,8 +275,8 @@ impl Samples {
     /// All of it for programs, with every single figure.
     pub fn json(&self) -> Value {
         let metrics: Vec<Value> = METRICS
-            .into_iter()
-            .filter_map(|(metric, unit)| {
+            .iter()
+            .filter_map(|&(metric, unit)| {
                 let mut columns = serde_json::Map::new();
                 for column in [FLOOR, HOLDFAST, CONTAINERD] {
                     let Some(values) = self.0.get(&(metric, column)) else { continue };
@@ -272,7 +299,7 @@ impl Samples {
                     "above_floor": matches!(bar.against, Against::Floor),
                     "times": match bar.against {
                         Against::Times(other) => Some(other),
-                        Against::Zero | Against::Floor => None,
+                        Against::Zero | Against::Most | Against::Floor => None,
                     },
                     "limit": bar.limit,
                     "holdfast": seen,
