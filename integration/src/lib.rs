@@ -46,6 +46,7 @@ macro_rules! with_each_runtime {
 
 pub mod bench;
 pub mod binaries;
+pub mod conformance;
 pub mod cri;
 pub mod fake;
 pub mod ground;
@@ -57,6 +58,7 @@ pub mod node;
 pub mod pod;
 pub mod registry;
 pub mod tar;
+pub mod testshim;
 pub mod wait;
 
 pub use image::Image;

@@ -535,6 +535,10 @@ fn parse_endpoint(output: &[u8]) -> Option<Endpoint> {
         {
             return endpoint(2, said, "ttrpc");
         }
+        // Some shims print more than they should; what counts comes last.
+        if let Some((_, last)) = said.rsplit_once('\n') {
+            return parse_endpoint(last.as_bytes());
+        }
     }
     let result = BootstrapResult::parse_from_bytes(output).ok()?;
     endpoint(u32::try_from(result.version).ok()?, &result.address, &result.protocol)
@@ -680,6 +684,7 @@ pub struct Client {
     gone: watch::Receiver<()>,
     deadline: Duration,
     version2: Arc<AtomicBool>,
+    pinned: bool,
 }
 
 impl std::fmt::Debug for Client {
@@ -708,6 +713,7 @@ impl Client {
             gone,
             deadline: Duration::from_secs(60),
             version2: Arc::new(AtomicBool::new(endpoint.version < 3)),
+            pinned: false,
         })
     }
 
@@ -715,6 +721,14 @@ impl Client {
     #[must_use]
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        self
+    }
+
+    /// The same connection, which asks for the version of its endpoint and no other: a shim that
+    /// promises version 3 and has only 2 is then refused instead of taken.
+    #[must_use]
+    pub fn pinned(mut self) -> Self {
+        self.pinned = true;
         self
     }
 
@@ -1078,7 +1092,7 @@ impl Client {
         if !self.version2.load(Ordering::Relaxed) {
             match self.call(call, TASK_V3, method, request, deadline).await {
                 // A shim may promise version 3 and have only 2.
-                Err(Error::Refused { kind: ErrorKind::Unimplemented, .. }) => {
+                Err(Error::Refused { kind: ErrorKind::Unimplemented, .. }) if !self.pinned => {
                     let reply = self.call(call, TASK_V2, method, request, deadline).await;
                     if reply.is_ok() {
                         self.version2.store(true, Ordering::Relaxed);
@@ -1171,7 +1185,9 @@ async fn open(address: &str) -> io::Result<Socket> {
         .find_map(|scheme| address.strip_prefix(scheme))
         .unwrap_or(address);
     if path.is_empty() || path.contains("://") {
-        let message = format!("no shim address: {address:?}");
+        let message = format!(
+            "{address:?} is no address that can be reached: known are unix, ttrpc+unix and vsock"
+        );
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     let stream = if path.starts_with('/') {
@@ -1248,6 +1264,9 @@ mod tests {
         let json = br#"{"version":3,"address":"unix:///run/s/a","protocol":"ttrpc"}"#;
         assert_eq!(parse_endpoint(json), endpoint(3));
         assert_eq!(parse_endpoint(b"unix:///run/s/a\n"), endpoint(2));
+        let noisy = [&b"warning: old kernel\nreading config\n"[..], json].concat();
+        assert_eq!(parse_endpoint(&noisy), endpoint(3));
+        assert_eq!(parse_endpoint(b"hello\nunix:///run/s/a\n"), endpoint(2));
     }
 
     #[test]
@@ -1255,6 +1274,7 @@ mod tests {
         for answer in [
             &b""[..],
             b"hello",
+            b"hello\nworld",
             br#"{"version":4,"address":"unix:///a","protocol":"ttrpc"}"#,
             br#"{"version":3,"address":"unix:///a","protocol":"grpc"}"#,
             br#"{"version":3,"address":"","protocol":"ttrpc"}"#,

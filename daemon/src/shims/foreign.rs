@@ -254,16 +254,28 @@ impl Shims {
         let log = command.open_log().map_err(io)?;
         self.foreign.read_log(bundle, log, id);
         let started = async {
-            let endpoint = command.start(BINARY).await?;
-            match self.connect_foreign(&endpoint).await {
-                Ok(client) => Ok((endpoint, client)),
+            let endpoint = command.start(self.timeout).await?;
+            let answered = async {
+                let client = self.connect_foreign(&endpoint).await?;
+                // Who does not answer this does not answer anything.
+                let pid = match client.connect_info(id).await {
+                    Ok(info) => info.shim_pid,
+                    Err(client::Error::Refused { .. }) => 0,
+                    Err(error) => return Err(error),
+                };
+                Ok((client, pid))
+            };
+            match answered.await {
+                Ok((client, pid)) => Ok((endpoint, client, pid)),
                 Err(error) => {
                     let _ = command.delete(BINARY).await;
+                    lock(&self.foreign.clients).remove(&endpoint.address);
+                    remove_dead_socket(&endpoint.address);
                     Err(error)
                 }
             }
         };
-        let (endpoint, client) = match started.await {
+        let (endpoint, client, pid) = match started.await {
             Ok(started) => started,
             Err(error) => {
                 // Its `delete` was run; what it left running all the same is found by the id.
@@ -273,7 +285,6 @@ impl Shims {
                 return Err(error);
             }
         };
-        let pid = client.connect_info(id).await.map_or(0, |info| info.shim_pid);
         let born = born(pid).unwrap_or_default();
         let pid = if born == 0 { 0 } else { pid };
         mark.running = Some(Running { endpoint, pid, born });
@@ -472,10 +483,10 @@ fn kill_strays(shim: &Path, id: &str) {
     }
 }
 
-/// Whether a command line is that shim's, called for that id. A script has its interpreter before it.
+/// Whether a command line is that shim's, called for that id. An interpreter may come before it.
 fn is_shim_of(line: &[u8], shim: &Path, id: &str) -> bool {
     let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-    let is_shim = words.iter().take(2).any(|word| *word == shim.as_os_str().as_encoded_bytes());
+    let is_shim = words.iter().any(|word| *word == shim.as_os_str().as_encoded_bytes());
     let has_id = words.windows(2).any(|pair| pair[0] == b"-id" && pair[1] == id.as_bytes());
     is_shim && has_id
 }
@@ -552,7 +563,7 @@ mod tests {
             "containerd-shim-holdfast-v2 -namespace k8s.io -id abc serve",
             "/usr/bin/shim -id abcd start",
             "/usr/bin/shim -namespace abc",
-            "less x y /usr/bin/shim -id abc",
+            "less /usr/bin/shim abc",
             "",
         ] {
             assert!(!is(other), "{other}");
