@@ -119,6 +119,13 @@ struct Container {
     stdin: bool,
 }
 
+impl Container {
+    /// Readers of both outputs: some shims wait for them in Create.
+    fn read(&self) -> Result<(Reading, Reading)> {
+        Ok((Reading::begin(&self.bundle.stdout())?, Reading::begin(&self.bundle.stderr())?))
+    }
+}
+
 impl Bench {
     fn new(binary: &Path) -> Result<Arc<Self>> {
         let ground = Ground::new()?;
@@ -237,8 +244,7 @@ impl Bench {
     /// A container that runs, its output, and the way to its shim.
     async fn run(&self, id: &str, script: &str) -> Result<(Client, Container, Reading)> {
         let container = self.write(id, script)?;
-        let reading = Reading::begin(&container.bundle.stdout())?;
-        let _err = Reading::begin(&container.bundle.stderr())?;
+        let (reading, _err) = container.read()?;
         let (client, _) = self.start(&container).await?;
         client.create(self.task(&container)).await.context("create")?;
         client.start(id, "").await.context("start")?;
@@ -308,17 +314,16 @@ async fn raw_start(bench: &Bench, input: &[u8]) -> Result<()> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    child.stdin.take().context("a pipe")?.write_all(input)?;
+    // Some do not read it.
+    let _ = child.stdin.take().context("a pipe")?.write_all(input);
     let output = tokio::task::spawn_blocking(move || child.wait_with_output()).await??;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "{}: {}", output.status, said.trim());
     // The address, whatever is around it: what matters is that somebody listens there.
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let from = text.find("unix://").with_context(|| format!("no address in {text:?}"))?;
-    let address: String = text[from..]
-        .chars()
-        .take_while(|c| c.is_ascii_graphic() && !"\",".contains(*c))
-        .collect();
+    let address: String =
+        text[from..].chars().take_while(|c| c.is_ascii_graphic() && !"\",".contains(*c)).collect();
     let address = match address.find("ttrpc") {
         Some(end) => address[..end].trim_end_matches(|c: char| c.is_control()).to_owned(),
         None => address,
@@ -355,6 +360,7 @@ async fn groups(bench: Arc<Bench>) -> Result<()> {
     let (client, first, _out) = bench.run("c1", "sleep 1000").await?;
     let (_, one) = bench.start(&first).await?;
     let second = bench.write("c2", "exit 3")?;
+    let _readings = second.read()?;
     let (_, two) = bench.start(&second).await?;
     ensure!(one.address == two.address, "{} and {}", one.address, two.address);
     client.create(bench.task(&second)).await?;
@@ -406,7 +412,7 @@ async fn output(bench: Arc<Bench>) -> Result<()> {
 
 async fn input(bench: Arc<Bench>) -> Result<()> {
     let container = bench.write_as("c1", "cat; echo ended", false, true)?;
-    let out = Reading::begin(&container.bundle.stdout())?;
+    let (out, _err) = container.read()?;
     let (client, _) = bench.start(&container).await?;
     client.create(bench.task(&container)).await?;
     client.start("c1", "").await?;
@@ -421,9 +427,10 @@ async fn input(bench: Arc<Bench>) -> Result<()> {
 }
 
 async fn reader_returns(bench: Arc<Bench>) -> Result<()> {
-    let container = bench.write("c1", "i=0; while [ $i -lt 300 ]; do echo line $i; usleep 5000; i=$((i+1)); done")?;
+    let container = bench
+        .write("c1", "i=0; while [ $i -lt 300 ]; do echo line $i; usleep 5000; i=$((i+1)); done")?;
     let (client, _) = bench.start(&container).await?;
-    let first = Reading::begin(&container.bundle.stdout())?;
+    let (first, _err) = container.read()?;
     client.create(bench.task(&container)).await?;
     client.start("c1", "").await?;
     first.is(|text| text.contains("line 20\n")).await?;
@@ -547,10 +554,14 @@ fn process(script: &str, terminal: bool) -> Vec<u8> {
 async fn exec(bench: Arc<Bench>) -> Result<()> {
     let (client, container, _out) = bench.run("c1", "sleep 1000").await?;
     let fifo = container.bundle.dir().join("exec-out");
-    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
-    let out = Reading::begin(&fifo)?;
+    let err = container.bundle.dir().join("exec-err");
+    for fifo in [&fifo, &err] {
+        nix::unistd::mkfifo(fifo, nix::sys::stat::Mode::from_bits_truncate(0o600))?;
+    }
+    let (out, _err) = (Reading::begin(&fifo)?, Reading::begin(&err)?);
     let task = || ExecTask {
         stdout: fifo.display().to_string(),
+        stderr: err.display().to_string(),
         process: process("echo from exec; exit 6", false),
         ..ExecTask::default()
     };
@@ -584,7 +595,8 @@ async fn exec_missing(bench: Arc<Bench>) -> Result<()> {
 
 async fn terminal(bench: Arc<Bench>) -> Result<()> {
     let script = "[ -t 1 ] && echo a terminal; while [ $(stty size | cut -d' ' -f1) != 33 ]; do usleep 20000; done; echo resized";
-    let script = script.replace("$(stty size | cut -d' ' -f1)", "\"$(set -- $(stty size); echo $1)\"");
+    let script =
+        script.replace("$(stty size | cut -d' ' -f1)", "\"$(set -- $(stty size); echo $1)\"");
     let container = bench.write_as("c1", &script, true, true)?;
     let out = Reading::begin(&container.bundle.stdout())?;
     let (client, _) = bench.start(&container).await?;
@@ -755,7 +767,8 @@ async fn clean(bench: &Bench) {
             let client = client.with_deadline(Duration::from_secs(5));
             let _ = client.resume(&container.id).await;
             let _ = client.kill(&container.id, "", libc::SIGKILL as u32, true).await;
-            let _ = tokio::time::timeout(Duration::from_secs(5), client.wait(&container.id, "")).await;
+            let _ =
+                tokio::time::timeout(Duration::from_secs(5), client.wait(&container.id, "")).await;
             let _ = client.delete(&container.id, "").await;
             let pid = client.connect_info(&container.id).await.map_or(0, |info| info.shim_pid);
             let _ = client.shutdown(&container.id, true).await;

@@ -448,9 +448,7 @@ macro_rules! test_shim {
         impl $shim::Shim for Service {
             type T = Service;
 
-            fn new(_: &str, flags: &Flags, config: &mut Config) -> Self {
-                // Each process has a thread that waits for it.
-                config.no_reaper = true;
+            fn new(_: &str, flags: &Flags, _: &mut Config) -> Self {
                 let bundle = match flags.bundle.as_str() {
                     "" => std::env::current_dir().unwrap_or_default(),
                     bundle => bundle.into(),
@@ -555,7 +553,11 @@ macro_rules! test_shim {
                 Ok(answer)
             }
 
-            fn wait(&self, _: &TtrpcContext, r: api::WaitRequest) -> TtrpcResult<api::WaitResponse> {
+            fn wait(
+                &self,
+                _: &TtrpcContext,
+                r: api::WaitRequest,
+            ) -> TtrpcResult<api::WaitResponse> {
                 let (status, at) = self.engine.wait(&r.id, &r.exec_id).map_err(refused)?;
                 let mut answer = api::WaitResponse::new();
                 answer.exit_status = status;
@@ -573,8 +575,7 @@ macro_rules! test_shim {
                 _: &TtrpcContext,
                 r: api::DeleteRequest,
             ) -> TtrpcResult<api::DeleteResponse> {
-                let (pid, (status, at)) =
-                    self.engine.delete(&r.id, &r.exec_id).map_err(refused)?;
+                let (pid, (status, at)) = self.engine.delete(&r.id, &r.exec_id).map_err(refused)?;
                 let mut answer = api::DeleteResponse::new();
                 answer.pid = pid;
                 answer.exit_status = status;
@@ -582,7 +583,11 @@ macro_rules! test_shim {
                 Ok(answer)
             }
 
-            fn close_io(&self, _: &TtrpcContext, r: api::CloseIORequest) -> TtrpcResult<api::Empty> {
+            fn close_io(
+                &self,
+                _: &TtrpcContext,
+                r: api::CloseIORequest,
+            ) -> TtrpcResult<api::Empty> {
                 let closed = self.engine.close_input(&r.id, &r.exec_id);
                 closed.map(|()| api::Empty::new()).map_err(refused)
             }
@@ -595,7 +600,11 @@ macro_rules! test_shim {
                 self.engine.freeze(&r.id, false).map(|()| api::Empty::new()).map_err(refused)
             }
 
-            fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> TtrpcResult<api::Empty> {
+            fn shutdown(
+                &self,
+                _: &TtrpcContext,
+                _: api::ShutdownRequest,
+            ) -> TtrpcResult<api::Empty> {
                 if self.engine.is_empty() {
                     self.exit.signal();
                 }
@@ -604,7 +613,9 @@ macro_rules! test_shim {
         }
 
         fn main() {
-            $shim::run::<Service>($name, None)
+            // Each process has a thread that waits for it.
+            let config = Config { no_reaper: true, ..Config::default() };
+            $shim::run::<Service>($name, Some(config))
         }
     };
 }

@@ -136,7 +136,8 @@ fn shims(text: &str) -> Vec<(i32, String)> {
 async fn ctr_runs_execs_pauses_and_kills() -> Result<()> {
     let peer = Peer::start().await?;
     // Through FIFOs that ctr reads, with the exit code.
-    let (code, text) = peer.try_ctr(&peer.run(&["--rm"], "fifo", "echo out; echo err >&2; exit 3"))?;
+    let (code, text) =
+        peer.try_ctr(&peer.run(&["--rm"], "fifo", "echo out; echo err >&2; exit 3"))?;
     ensure!(code == 3 && text.contains("out\n") && text.contains("err\n"), "{code}: {text}");
 
     peer.ctr(&peer.run(&["-d"], "c1", "trap 'exit 0' TERM; while :; do sleep 0.1; done"))?;
@@ -220,7 +221,8 @@ async fn ctr_gives_a_terminal() -> Result<()> {
     let script = "[ -t 0 ] && [ -t 1 ] && echo a terminal; exit 4";
     line.extend(peer.run(&["--rm", "-t"], "t", script).iter().map(Into::into));
     // ctr wants a terminal of its own.
-    let python = "import pty, os, sys; s = pty.spawn(sys.argv[1:]); sys.exit(os.waitstatus_to_exitcode(s))";
+    let python =
+        "import pty, os, sys; s = pty.spawn(sys.argv[1:]); sys.exit(os.waitstatus_to_exitcode(s))";
     let output = Command::new("python3").arg("-c").arg(python).args(line).output()?;
     let text = said(&output);
     ensure!(output.status.code() == Some(4) && text.contains("a terminal"), "{output:?}");
@@ -238,8 +240,8 @@ async fn tasks_outlive_a_containerd_that_is_killed_or_restarted() -> Result<()> 
     peer.containerd.restart().await?;
     peer.state_is("lives", "RUNNING").await?;
     peer.state_is("ends", "STOPPED").await?;
-    let (code, text) = peer.try_ctr(&["task", "delete", "ends"])?;
-    ensure!(code == 42, "{code}: {text}");
+    let text = peer.ctr(&["task", "delete", "ends"])?;
+    ensure!(text.contains("exit code 42"), "{text}");
     peer.ctr(&["container", "delete", "ends"])?;
     peer.containerd.terminate()?;
     peer.containerd.restart().await?;

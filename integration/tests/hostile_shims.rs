@@ -38,7 +38,8 @@ async fn node_with(body: &str) -> Result<(Node, String)> {
 /// Where the script is, for what it has written.
 fn script_dir(node: &Node) -> Result<PathBuf> {
     let config = fs::read_to_string(node.config())?;
-    let line = config.lines().find(|line| line.contains("containerd-shim-fake")).context("a shim")?;
+    let line =
+        config.lines().find(|line| line.contains("containerd-shim-fake")).context("a shim")?;
     let path = line.split('"').nth(1).context("a path")?;
     Ok(Path::new(path).parent().context("a directory")?.to_path_buf())
 }
@@ -82,7 +83,10 @@ async fn tolerated(body: &str) -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn noise_before_the_answer_is_passed_over() -> Result<()> {
-    tolerated("echo 'warning: noise' >&2\n[ $verb = delete ] || echo 'some noise'\nexec $real \"$@\"").await
+    tolerated(
+        "echo 'warning: noise' >&2\n[ $verb = delete ] || echo 'some noise'\nexec $real \"$@\"",
+    )
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -155,6 +155,8 @@ impl Error {
         match error {
             ttrpc::Error::RpcStatus(status) => {
                 let kind = match status.code() {
+                    // What ttrpc for Rust says of a method that a shim does not have.
+                    _ if lacks_method(&status.message) => ErrorKind::Unimplemented,
                     Code::NOT_FOUND => ErrorKind::NotFound,
                     Code::ALREADY_EXISTS => ErrorKind::AlreadyExists,
                     Code::FAILED_PRECONDITION | Code::ABORTED => ErrorKind::Precondition,
@@ -183,6 +185,18 @@ impl Error {
             | ttrpc::Error::Eof => Error::Closed { call },
         }
     }
+}
+
+/// Whether the words of a refusal are those of ttrpc for Rust for a service or a method that is not
+/// there: `/service/Method does not exist`, `/service/Method is not supported`. Their codes are those
+/// of a bad argument and of a container that is gone.
+fn lacks_method(message: &str) -> bool {
+    let method = message
+        .strip_suffix(" does not exist")
+        .or_else(|| message.strip_suffix(" is not supported"));
+    method.is_some_and(|method| {
+        method.starts_with("/containerd.") && !method.contains(char::is_whitespace)
+    })
 }
 
 /// Where a running shim listens.
@@ -454,6 +468,7 @@ impl Command {
             command.current_dir(cwd);
         }
         let mut child = command.spawn().map_err(spawn)?;
+        let group = child.id().map(|pid| nix::unistd::Pid::from_raw(pid.cast_signed()));
         let mut stdin = child.stdin.take().expect("standard input is piped");
         let stdout = child.stdout.take().expect("standard output is piped");
         let stderr = child.stderr.take().expect("standard error is piped");
@@ -492,9 +507,17 @@ impl Command {
             let status = status.map_err(io)?;
             Ok::<_, Error>((status, out, err))
         };
-        let (status, out, err) = tokio::time::timeout(deadline, whole)
-            .await
-            .map_err(|_| Error::Deadline { call: action, deadline })??;
+        let (status, out, err) = match tokio::time::timeout(deadline, whole).await {
+            Ok(done) => done?,
+            Err(_) => {
+                // What it has started to do its work goes with it; a shim that it has left behind
+                // is in a group of its own.
+                if let Some(group) = group {
+                    let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+                }
+                return Err(Error::Deadline { call: action, deadline });
+            }
+        };
         if !status.success() {
             let said = String::from_utf8_lossy(if err.is_empty() { &out } else { &err })
                 .trim()
@@ -1092,12 +1115,19 @@ impl Client {
         if !self.version2.load(Ordering::Relaxed) {
             match self.call(call, TASK_V3, method, request, deadline).await {
                 // A shim may promise version 3 and have only 2.
-                Err(Error::Refused { kind: ErrorKind::Unimplemented, .. }) if !self.pinned => {
+                Err(refused @ Error::Refused { kind: ErrorKind::Unimplemented, .. })
+                    if !self.pinned =>
+                {
                     let reply = self.call(call, TASK_V2, method, request, deadline).await;
-                    if reply.is_ok() {
-                        self.version2.store(true, Ordering::Relaxed);
-                    }
-                    return reply;
+                    return match reply {
+                        // It has neither; what it said first is what was asked for.
+                        Err(Error::Refused { kind: ErrorKind::Unimplemented, .. }) => Err(refused),
+                        Ok(reply) => {
+                            self.version2.store(true, Ordering::Relaxed);
+                            Ok(reply)
+                        }
+                        error => error,
+                    };
                 }
                 reply => return reply,
             }
@@ -1267,6 +1297,16 @@ mod tests {
         let noisy = [&b"warning: old kernel\nreading config\n"[..], json].concat();
         assert_eq!(parse_endpoint(&noisy), endpoint(3));
         assert_eq!(parse_endpoint(b"hello\nunix:///run/s/a\n"), endpoint(2));
+    }
+
+    #[test]
+    fn a_method_that_is_not_there_is_not_taken_for_a_container_that_is_gone() {
+        assert!(lacks_method("/containerd.task.v2.Task/Pids is not supported"));
+        assert!(lacks_method("/containerd.task.v3.Task/Connect does not exist"));
+        for other in ["container c1 does not exist", "/containerd.x y does not exist", "not found"]
+        {
+            assert!(!lacks_method(other), "{other}");
+        }
     }
 
     #[test]

@@ -28,10 +28,10 @@ use super::{
     volumes,
 };
 use crate::{
-    config::{CgroupDriver, ForeignHandler, Sandboxing},
+    config::{CgroupDriver, ForeignHandler},
     error::chain,
     id::ContainerId,
-    shims::foreign::{Mark, Unreached, nested_bundle},
+    shims::foreign::{Mark, Unreached, end_task, nested_bundle},
     spec::{self, NamespacePaths, PidNamespace},
     store::pods::{ContainerRecord, PodRecord},
 };
@@ -70,14 +70,20 @@ fn shim_error(pod: &PodRecord, what: &'static str) -> impl FnOnce(client::Error)
 }
 
 /// Makes what the handler needs for the pod itself, once its namespaces and its network are there.
-pub(super) async fn bring_up(services: &Services, pod: &PodRecord) -> Result<(), Error> {
-    let Some(handler) = &pod.foreign else { return Ok(()) };
-    if handler.sandbox == Sandboxing::None {
+///
+/// `ours` is the pod's own shim, which makes the container where no foreign one does.
+pub(super) async fn bring_up(
+    services: &Services,
+    pod: &PodRecord,
+    ours: &Client,
+) -> Result<(), Error> {
+    if !pod.sandboxed {
         // Found out now, and not by the first container.
-        let found = crate::config::find_program(&handler.shim).is_some();
-        return match found {
-            true => Ok(()),
-            false => Err(Error::NoShimBinary(handler.shim.clone())),
+        return match &pod.foreign {
+            Some(handler) if crate::config::find_program(&handler.shim).is_none() => {
+                Err(Error::NoShimBinary(handler.shim.clone()))
+            }
+            _ => Ok(()),
         };
     }
     let bundle = services.shims.sandbox_bundle(&pod.id);
@@ -113,12 +119,18 @@ pub(super) async fn bring_up(services: &Services, pod: &PodRecord) -> Result<(),
     let json = serde_json::to_vec(&spec).expect("a spec serialises");
     fs::write(bundle.config(), json).map_err(io_at("write", &bundle.config()))?;
 
-    let started = services.shims.start_foreign(&pod.id, id.as_str(), &bundle, handler).await;
-    let client = started.map_err(shim_error(pod, "start the handler's shim for"))?;
+    let (client, options) = match &pod.foreign {
+        Some(handler) => {
+            let started = services.shims.start_foreign(&pod.id, id.as_str(), &bundle, handler);
+            let client = started.await.map_err(shim_error(pod, "start the handler's shim for"))?;
+            (client, services.shims.foreign_options(handler))
+        }
+        None => (ours.clone(), Some(services.shims.runtime_options(&pod.runtime))),
+    };
     let task = CreateTask {
         id: id.to_string(),
         bundle: bundle.dir().to_owned(),
-        options: services.shims.foreign_options(handler),
+        options,
         ..CreateTask::default()
     };
     client.create(task).await.map_err(shim_error(pod, "make the sandbox container of"))?;
@@ -129,11 +141,24 @@ pub(super) async fn bring_up(services: &Services, pod: &PodRecord) -> Result<(),
     Ok(())
 }
 
-/// Takes away what [`bring_up`] made. May be repeated.
-pub(super) async fn tear_down(services: &Services, pod: &PodRecord) -> Result<(), Error> {
+/// Takes away what [`bring_up`] made. May be repeated. Without `ours` the clean-up after our own shim
+/// finds what it had.
+pub(super) async fn tear_down(
+    services: &Services,
+    pod: &PodRecord,
+    ours: Option<&Client>,
+) -> Result<(), Error> {
     let bundle = services.shims.sandbox_bundle(&pod.id);
     if !bundle.dir().exists() {
         return Ok(());
+    }
+    if let (None, Some(ours)) = (&pod.foreign, ours) {
+        match end_task(ours, pod.id.as_str()).await {
+            Err(error) if error.kind() != ErrorKind::Closed => {
+                return Err(shim_error(pod, "end the sandbox container of")(error));
+            }
+            _ => {}
+        }
     }
     let ended = services.shims.end_foreign(pod.id.as_str(), &bundle).await;
     ended.map_err(shim_error(pod, "end the handler's shim of"))?;

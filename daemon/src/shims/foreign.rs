@@ -324,6 +324,10 @@ impl Shims {
     pub async fn reach_foreign(&self, bundle: &Bundle) -> Result<Client, Unreached> {
         let mark = Mark::load(bundle).ok_or(Unreached::Unknown)?;
         let running = mark.running.ok_or(Unreached::Unknown)?;
+        // Another shim of the group may listen at the same address by now.
+        if running.pid != 0 && running.is_dead(None) {
+            return Err(Unreached::Dead);
+        }
         if let Some(client) = self.foreign.known(&running.endpoint.address) {
             return Ok(client);
         }
@@ -367,6 +371,7 @@ impl Shims {
         };
         let client = match &running {
             None => None,
+            Some(running) if running.pid != 0 && running.is_dead(None) => None,
             Some(running) => match self.connect_foreign(&running.endpoint).await {
                 Ok(client) => Some(client),
                 Err(error) if running.is_dead(Some(&error)) => None,
@@ -376,6 +381,10 @@ impl Shims {
         let ended = match client {
             Some(client) => {
                 let ended = end_task(&client, id).await?;
+                if ended.is_none() && !bundle.exit_record().exists() {
+                    // The shim knows nothing of it, and nobody saw its end.
+                    command.delete(BINARY).await?;
+                }
                 self.settle(&mark.pod, id).await;
                 self.leave(&client, id, &mark, running.as_ref()).await;
                 ended
@@ -492,7 +501,10 @@ fn is_shim_of(line: &[u8], shim: &Path, id: &str) -> bool {
 }
 
 /// Kills a container and deletes it. How it ended, if the shim still knew it.
-async fn end_task(client: &Client, id: &str) -> Result<Option<Exited>, client::Error> {
+///
+/// # Errors
+/// The shim does not do as it is asked.
+pub async fn end_task(client: &Client, id: &str) -> Result<Option<Exited>, client::Error> {
     let gone = |error: &client::Error| matches!(error.kind(), ErrorKind::NotFound);
     match client.delete(id, "").await {
         Ok(ended) => return Ok(Some(ended)),

@@ -86,7 +86,8 @@ impl Containerd {
             hosts.join("hosts.toml"),
             format!("server = \"http://{registry}\"\n[host.\"http://{registry}\"]\n"),
         )?;
-        let kind = if shim.is_some() { "io.containerd.holdfast.v2" } else { "io.containerd.runc.v2" };
+        let kind =
+            if shim.is_some() { "io.containerd.holdfast.v2" } else { "io.containerd.runc.v2" };
         fs::write(ground.path().join("config.toml"), config(&ground, major, runc, pause, kind))?;
         let cri = Cri::new(ground.path().join("cri.sock"));
         let shim = shim.map(Path::to_path_buf);
