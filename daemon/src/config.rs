@@ -149,8 +149,6 @@ pub enum Handler {
     Oci {
         /// Name or path of the program.
         path: PathBuf,
-        /// What it is given for the pod itself.
-        sandbox: Sandboxing,
         /// A privileged container gets only the devices that it asks for.
         privileged_without_host_devices: bool,
     },
@@ -164,14 +162,6 @@ impl Handler {
         match self {
             Handler::Oci { path, .. } => path,
             Handler::Foreign(foreign) => foreign.path.as_deref().unwrap_or(&foreign.shim),
-        }
-    }
-
-    /// What it is given for a pod itself.
-    pub fn sandbox(&self) -> Sandboxing {
-        match self {
-            Handler::Oci { sandbox, .. } => *sandbox,
-            Handler::Foreign(foreign) => foreign.sandbox,
         }
     }
 
@@ -205,8 +195,7 @@ pub struct ForeignHandler {
     pub privileged_without_host_devices: bool,
 }
 
-/// What a foreign shim, or an OCI runtime that makes sandboxes, is given for a pod itself, besides its
-/// containers.
+/// What a foreign shim is given for a pod itself, besides its containers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Sandboxing {
@@ -536,17 +525,13 @@ fn handlers(
         let (path, shim) = (program("path", handler.path)?, program("shim", handler.shim)?);
         let handler = match (path, shim) {
             (Some(path), None) => {
-                if let Some(given) = &handler.options {
-                    return Err(of("options").bad_text(given, "it needs `shim`"));
+                for (name, given) in [("options", &handler.options), ("sandbox", &handler.sandbox)]
+                {
+                    if let Some(given) = given {
+                        return Err(of(name).bad_text(given, "it needs `shim`"));
+                    }
                 }
-                // gVisor puts a pod's containers into the sandbox of the first.
-                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-                let default = match name.starts_with("runsc") {
-                    true => Sandboxing::Container,
-                    false => Sandboxing::None,
-                };
-                let sandbox = sandboxing(&of("sandbox"), handler.sandbox.as_deref(), default)?;
-                Handler::Oci { path, sandbox, privileged_without_host_devices }
+                Handler::Oci { path, privileged_without_host_devices }
             }
             (path, Some(shim)) => {
                 let name = shim.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -570,11 +555,14 @@ fn handlers(
                     path: path.or_else(|| runs_runc.then(|| "runc".into())),
                     shim,
                     options,
-                    sandbox: sandboxing(
-                        &of("sandbox"),
-                        handler.sandbox.as_deref(),
-                        Sandboxing::Container,
-                    )?,
+                    sandbox: match handler.sandbox.as_deref() {
+                        None | Some("container") => Sandboxing::Container,
+                        Some("none") => Sandboxing::None,
+                        Some(other) => {
+                            let rule = "it must be \"container\" or \"none\"";
+                            return Err(of("sandbox").bad_text(other, rule));
+                        }
+                    },
                     privileged_without_host_devices,
                 })
             }
@@ -583,19 +571,6 @@ fn handlers(
         handlers.insert(name, handler);
     }
     Ok(handlers)
-}
-
-fn sandboxing(
-    key: &Key<'_>,
-    given: Option<&str>,
-    default: Sandboxing,
-) -> Result<Sandboxing, Error> {
-    match given {
-        None => Ok(default),
-        Some("container") => Ok(Sandboxing::Container),
-        Some("none") => Ok(Sandboxing::None),
-        Some(other) => Err(key.bad_text(other, "it must be \"container\" or \"none\"")),
-    }
 }
 
 /// A key whose value is being judged.

@@ -478,7 +478,6 @@ impl Pods {
                 Handler::Oci { .. } => None,
                 Handler::Foreign(foreign) => Some(foreign.clone()),
             },
-            sandboxed: driver.sandbox() == crate::config::Sandboxing::Container,
             created_at: SystemTime::now(),
             state: PodState::Starting,
             endpoint: None,

@@ -154,11 +154,7 @@ impl Shims {
     /// The same for a pod: its helper processes, namespaces and socket, and what a foreign shim was
     /// given for it.
     pub async fn delete_dead_pod(&self, id: &PodId) -> Result<client::Exited, client::Error> {
-        let sandbox = self.sandbox_bundle(id);
-        if self.end_foreign(id.as_str(), &sandbox).await?.is_none() && sandbox.config().exists() {
-            // Our own shim had it; how the runtime was called for it is in the bundle.
-            self.command(id.as_str(), &sandbox, None).delete(BINARY).await?;
-        }
+        self.end_foreign(id.as_str(), &self.sandbox_bundle(id)).await?;
         self.command(id.as_str(), &self.pod_bundle(id), None).delete(BINARY).await
     }
 }

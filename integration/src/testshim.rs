@@ -58,6 +58,8 @@ pub struct State {
     pub pid: u32,
     /// It was started.
     pub started: bool,
+    /// It is frozen.
+    pub paused: bool,
     /// It has ended.
     pub ended: Option<Ended>,
 }
@@ -388,7 +390,11 @@ impl Engine {
     /// It is not known; runc's.
     pub fn freeze(&self, id: &str, frozen: bool) -> Done<()> {
         let verb = if frozen { "pause" } else { "resume" };
-        plain(self.command(id)?.args([verb, id]))
+        plain(self.command(id)?.args([verb, id]))?;
+        self.with(id, "", |process| {
+            process.state.paused = frozen;
+            Ok(())
+        })
     }
 
     /// Whether it has no container: then it may exit.
@@ -546,6 +552,7 @@ macro_rules! test_shim {
                         answer.exited_at = stamp(at);
                         api::Status::STOPPED
                     }
+                    (true, None) if state.paused => api::Status::PAUSED,
                     (true, None) => api::Status::RUNNING,
                     (false, None) => api::Status::CREATED,
                 }

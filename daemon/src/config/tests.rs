@@ -12,7 +12,6 @@ fn parse(text: &str) -> Result<Config, Error> {
 fn oci(program: &str) -> Handler {
     Handler::Oci {
         path: program.into(),
-        sandbox: Sandboxing::None,
         privileged_without_host_devices: false,
     }
 }
@@ -191,7 +190,7 @@ fn impossible_values_say_what_is_allowed() {
         ("[runtime]\nshim = \"bin/shim\"", "looked up in PATH"),
         ("[runtime]\npids_limit = -1", "it must be from 0"),
         ("[runtime.handlers.x]", "it must have `path` or `shim`"),
-        ("[runtime.handlers.x]\npath = \"a\"\noptions = \"/b\"", "needs `shim`"),
+        ("[runtime.handlers.x]\npath = \"a\"\nsandbox = \"none\"", "needs `shim`"),
         ("[runtime.handlers.x]\nshim = \"a\"\nsandbox = \"vm\"", "\"container\" or \"none\""),
         (
             "[runtime.handlers.x]\nshim = \"containerd-shim-runc-v2\"\noptions = \"/a\"",
@@ -264,7 +263,6 @@ fn a_handler_may_keep_devices_from_privileged_containers() {
     let config = parse(text).unwrap();
     let bare = Handler::Oci {
         path: "runc".into(),
-        sandbox: Sandboxing::None,
         privileged_without_host_devices: true,
     };
     assert_eq!(config.runtime.handlers["bare"], bare);

@@ -257,6 +257,7 @@ fn prepare(
     };
     let mut spec = spec::generate(&input).map_err(spec_error)?;
     extras::amend(services, pod, &record.config, &facts, &mut spec)?;
+    foreign::apart(pod, &mut spec);
 
     let rootfs = bundle.rootfs();
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;

@@ -17,6 +17,7 @@ use holdfast_shim::{
     client::{self, Client, CreateTask, ErrorKind, TaskStatus},
     control::{Control, Relay},
 };
+use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
 use super::{
@@ -28,10 +29,10 @@ use super::{
     volumes,
 };
 use crate::{
-    config::{CgroupDriver, ForeignHandler},
+    config::{CgroupDriver, ForeignHandler, Sandboxing},
     error::chain,
     id::ContainerId,
-    shims::foreign::{Mark, Unreached, end_task, nested_bundle},
+    shims::foreign::{Mark, Unreached, nested_bundle},
     spec::{self, NamespacePaths, PidNamespace},
     store::pods::{ContainerRecord, PodRecord},
 };
@@ -70,20 +71,14 @@ fn shim_error(pod: &PodRecord, what: &'static str) -> impl FnOnce(client::Error)
 }
 
 /// Makes what the handler needs for the pod itself, once its namespaces and its network are there.
-///
-/// `ours` is the pod's own shim, which makes the container where no foreign one does.
-pub(super) async fn bring_up(
-    services: &Services,
-    pod: &PodRecord,
-    ours: &Client,
-) -> Result<(), Error> {
-    if !pod.sandboxed {
+pub(super) async fn bring_up(services: &Services, pod: &PodRecord) -> Result<(), Error> {
+    let Some(handler) = &pod.foreign else { return Ok(()) };
+    if handler.sandbox == Sandboxing::None {
         // Found out now, and not by the first container.
-        return match &pod.foreign {
-            Some(handler) if crate::config::find_program(&handler.shim).is_none() => {
-                Err(Error::NoShimBinary(handler.shim.clone()))
-            }
-            _ => Ok(()),
+        let found = crate::config::find_program(&handler.shim).is_some();
+        return match found {
+            true => Ok(()),
+            false => Err(Error::NoShimBinary(handler.shim.clone())),
         };
     }
     let bundle = services.shims.sandbox_bundle(&pod.id);
@@ -119,18 +114,12 @@ pub(super) async fn bring_up(
     let json = serde_json::to_vec(&spec).expect("a spec serialises");
     fs::write(bundle.config(), json).map_err(io_at("write", &bundle.config()))?;
 
-    let (client, options) = match &pod.foreign {
-        Some(handler) => {
-            let started = services.shims.start_foreign(&pod.id, id.as_str(), &bundle, handler);
-            let client = started.await.map_err(shim_error(pod, "start the handler's shim for"))?;
-            (client, services.shims.foreign_options(handler))
-        }
-        None => (ours.clone(), Some(services.shims.runtime_options(&pod.runtime))),
-    };
+    let started = services.shims.start_foreign(&pod.id, id.as_str(), &bundle, handler).await;
+    let client = started.map_err(shim_error(pod, "start the handler's shim for"))?;
     let task = CreateTask {
         id: id.to_string(),
         bundle: bundle.dir().to_owned(),
-        options,
+        options: services.shims.foreign_options(handler),
         ..CreateTask::default()
     };
     client.create(task).await.map_err(shim_error(pod, "make the sandbox container of"))?;
@@ -141,24 +130,11 @@ pub(super) async fn bring_up(
     Ok(())
 }
 
-/// Takes away what [`bring_up`] made. May be repeated. Without `ours` the clean-up after our own shim
-/// finds what it had.
-pub(super) async fn tear_down(
-    services: &Services,
-    pod: &PodRecord,
-    ours: Option<&Client>,
-) -> Result<(), Error> {
+/// Takes away what [`bring_up`] made. May be repeated.
+pub(super) async fn tear_down(services: &Services, pod: &PodRecord) -> Result<(), Error> {
     let bundle = services.shims.sandbox_bundle(&pod.id);
     if !bundle.dir().exists() {
         return Ok(());
-    }
-    if let (None, Some(ours)) = (&pod.foreign, ours) {
-        match end_task(ours, pod.id.as_str()).await {
-            Err(error) if error.kind() != ErrorKind::Closed => {
-                return Err(shim_error(pod, "end the sandbox container of")(error));
-            }
-            _ => {}
-        }
     }
     let ended = services.shims.end_foreign(pod.id.as_str(), &bundle).await;
     ended.map_err(shim_error(pod, "end the handler's shim of"))?;
@@ -392,6 +368,18 @@ pub(super) async fn watch_sandbox(services: Arc<Services>, pod: Pod) -> Result<E
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSES.1);
+    }
+}
+
+/// Takes from a container of gVisor under our own shim the mark by which runsc would look for a pod's
+/// sandbox to put it into: each has its own, whose process ends when it does.
+pub(super) fn apart(pod: &PodRecord, spec: &mut Spec) {
+    let name = pod.runtime.file_name().unwrap_or_default().to_string_lossy();
+    if pod.foreign.is_none()
+        && name.starts_with("runsc")
+        && let Some(annotations) = spec.annotations_mut()
+    {
+        annotations.remove("io.kubernetes.cri.container-type");
     }
 }
 

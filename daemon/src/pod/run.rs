@@ -125,7 +125,7 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
         fs::write(&path, hosts(&hostname(config), &ips)).map_err(io_at("write", &path))?;
         ips
     };
-    foreign::bring_up(services, record, &client).await?;
+    foreign::bring_up(services, record).await?;
     Ok(Up { endpoint, client, ips })
 }
 
@@ -288,7 +288,7 @@ async fn tear_down(
         Some(client) => Some(client),
         None => live_shim(services, record).await,
     };
-    foreign::tear_down(services, record, client.as_ref()).await?;
+    foreign::tear_down(services, record).await?;
     // While the namespace is still there: plugins look into it.
     let detached = services.network.detach(id).await;
     detached.map_err(|source| Error::Network { id: id.clone(), source })?;

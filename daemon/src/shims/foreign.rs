@@ -501,10 +501,7 @@ fn is_shim_of(line: &[u8], shim: &Path, id: &str) -> bool {
 }
 
 /// Kills a container and deletes it. How it ended, if the shim still knew it.
-///
-/// # Errors
-/// The shim does not do as it is asked.
-pub async fn end_task(client: &Client, id: &str) -> Result<Option<Exited>, client::Error> {
+async fn end_task(client: &Client, id: &str) -> Result<Option<Exited>, client::Error> {
     let gone = |error: &client::Error| matches!(error.kind(), ErrorKind::NotFound);
     match client.delete(id, "").await {
         Ok(ended) => return Ok(Some(ended)),

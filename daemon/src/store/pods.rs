@@ -33,9 +33,6 @@ pub struct PodRecord {
     /// The shim that runs its containers, if it is not ours.
     #[serde(default)]
     pub foreign: Option<ForeignHandler>,
-    /// It has a container of its own that only waits: its handler wants one.
-    #[serde(default)]
-    pub sandboxed: bool,
     /// When it was asked for.
     pub created_at: SystemTime,
     /// Last state.
