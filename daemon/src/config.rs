@@ -795,15 +795,12 @@ fn raw_of(config: &Config) -> RawConfig {
                 .iter()
                 .map(|(name, handler)| {
                     let raw = match handler {
-                        Handler::Oci { path, sandbox, privileged_without_host_devices } => {
-                            RawHandler {
-                                path: Some(text(path)),
-                                sandbox: Some(sandbox.name().to_owned()),
-                                privileged_without_host_devices: privileged_without_host_devices
-                                    .then_some(true),
-                                ..RawHandler::default()
-                            }
-                        }
+                        Handler::Oci { path, privileged_without_host_devices } => RawHandler {
+                            path: Some(text(path)),
+                            privileged_without_host_devices: privileged_without_host_devices
+                                .then_some(true),
+                            ..RawHandler::default()
+                        },
                         Handler::Foreign(foreign) => RawHandler {
                             path: foreign.path.as_deref().map(text),
                             shim: Some(text(&foreign.shim)),

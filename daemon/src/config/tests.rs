@@ -10,10 +10,7 @@ fn parse(text: &str) -> Result<Config, Error> {
 }
 
 fn oci(program: &str) -> Handler {
-    Handler::Oci {
-        path: program.into(),
-        privileged_without_host_devices: false,
-    }
+    Handler::Oci { path: program.into(), privileged_without_host_devices: false }
 }
 
 fn refused(text: &str) -> String {
@@ -261,10 +258,7 @@ fn programs_that_are_not_here_are_named() {
 fn a_handler_may_keep_devices_from_privileged_containers() {
     let text = "[runtime.handlers.bare]\npath = \"runc\"\nprivileged_without_host_devices = true";
     let config = parse(text).unwrap();
-    let bare = Handler::Oci {
-        path: "runc".into(),
-        privileged_without_host_devices: true,
-    };
+    let bare = Handler::Oci { path: "runc".into(), privileged_without_host_devices: true };
     assert_eq!(config.runtime.handlers["bare"], bare);
     assert_eq!(Config::parse(&config.to_toml(), "dump".as_ref()).unwrap(), config);
     let text = "[runtime.handlers.x]\nshim = \"s\"\nprivileged_without_host_devices = true";
