@@ -163,6 +163,21 @@ pub(super) async fn create(
     };
     let control = Control::new(&services.shims.pod_bundle(&pod.id));
     control.relay(relay).await?;
+    let made = made(services, pod, handler, record, bundle).await;
+    if made.is_err() {
+        services.shims.settle(&pod.id, record.id.as_str()).await;
+    }
+    made
+}
+
+async fn made(
+    services: &Services,
+    pod: &PodRecord,
+    handler: &ForeignHandler,
+    record: &ContainerRecord,
+    bundle: &Bundle,
+) -> Result<u32, client::Error> {
+    let config = &record.config;
     let client = client_for_new(services, pod, handler, &record.id, bundle).await?;
     let path = |there: bool, path: std::path::PathBuf| match there {
         true => path.display().to_string(),
