@@ -5,7 +5,9 @@ use std::{fs, os::unix::fs::PermissionsExt as _};
 use anyhow::{Context as _, Result, ensure};
 use holdfast_integration::{Node, bench::peer::in_path};
 
-/// A node whose handler "gvisor" is runsc, by ptrace: that runs everywhere, if slowly.
+/// A node whose handler "gvisor" is runsc, by ptrace: that runs everywhere, if slowly. It uses the pod's
+/// network by way of the kernel: Debian's takes every namespace of Linux 6.18 for the node's, and refuses
+/// to take its network over.
 async fn node() -> Result<(Node, String, tempfile::TempDir)> {
     let runsc = in_path("runsc").context("runsc is missing: run 'make deps'")?;
     let dir = tempfile::tempdir()?;

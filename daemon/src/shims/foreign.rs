@@ -31,7 +31,7 @@ use tracing::{debug, warn};
 
 use super::{BINARY, CONNECT, Shims};
 use crate::{
-    config::{ForeignHandler, Sandboxing, find_program},
+    config::{ForeignHandler, find_program},
     error::chain,
     id::{ContainerId, PodId},
 };
@@ -427,12 +427,12 @@ impl Shims {
 
     /// Lets the shim exit when nothing is left to it.
     async fn leave(&self, client: &Client, id: &str, mark: &Mark, running: Option<&Running>) {
-        let is_sandbox = id == mark.pod.as_str();
-        if mark.handler.sandbox == Sandboxing::Container && !is_sandbox {
+        let Some(running) = running else { return };
+        let sandbox = Mark::load(&self.sandbox_bundle(&mark.pod)).and_then(|mark| mark.running);
+        if id != mark.pod.as_str() && sandbox.is_some_and(|sandbox| sandbox.pid == running.pid) {
             // The sandbox is still to go.
             return;
         }
-        let Some(running) = running else { return };
         if self.others_use(&running.endpoint.address, id) {
             return;
         }
@@ -547,6 +547,7 @@ pub fn nested_bundle(bundle: &Bundle) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Sandboxing;
 
     #[test]
     fn a_pid_that_is_anothers_by_now_is_not_taken_for_the_shim() {
