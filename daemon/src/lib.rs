@@ -14,6 +14,7 @@ pub mod label;
 pub mod network;
 pub mod node;
 pub mod notify;
+pub mod nri;
 pub mod pod;
 mod serve;
 pub mod shims;
@@ -56,6 +57,9 @@ const MESSAGE_LIMIT: usize = 16 << 20;
 
 /// How long open requests may still take at shutdown.
 const GOODBYE: Duration = Duration::from_secs(5);
+
+/// How long somebody who has the socket of NRI plugins may take to say so.
+const PROBE: Duration = Duration::from_secs(1);
 
 /// Why the daemon did not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +115,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         images,
         network,
         shims: shims.clone(),
+        nri: nri::Nri::new(config.nri.clone()),
         config: config.clone(),
     });
     let pods = Pods::new(services);
@@ -135,6 +140,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         }
     });
     let events = tokio::spawn(events);
+
+    // Before anybody can ask for a container: none is made past a plugin that is to be started.
+    pods.start_plugins(bind_plugins(&config.nri).await).await;
 
     let socket = &config.grpc.socket;
     if let Some(dir) = socket.parent() {
@@ -194,6 +202,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         warn!("a streaming session did not end in time");
     }
     pods.close().await;
+    pods.services().nri.stop().await;
     pods.services().network.drain().await;
     pods.services().images.shutdown().await;
     events.abort();
@@ -210,6 +219,39 @@ fn lock(state: &Path) -> Result<nix::fcntl::Flock<fs::File>, Error> {
     let file = fs::File::create(&path).map_err(at("make", &path))?;
     nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
         .map_err(|_| Error::Running(state.to_owned()))
+}
+
+/// The socket of NRI plugins. Without it they cannot connect, but pods run all the same: where that must
+/// not be, `nri.validator.required_plugins` says so.
+async fn bind_plugins(nri: &config::Nri) -> Option<UnixListener> {
+    if !nri.enabled || nri.disable_connections {
+        return None;
+    }
+    let socket = &nri.socket;
+    // Another runtime's plugins connect there by default, too.
+    let found = tokio::time::timeout(PROBE, tokio::net::UnixStream::connect(socket)).await;
+    let free = match &found {
+        Ok(Err(error)) => {
+            matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+        }
+        Ok(Ok(_)) | Err(_) => false,
+    };
+    if !free {
+        warn!(
+            socket = %socket.display(),
+            "another runtime has the socket of NRI plugins: set nri.socket, or nri.enabled = false"
+        );
+        return None;
+    }
+    let made =
+        socket.parent().map_or(Ok(()), |dir| fs::create_dir_all(dir).map_err(at("make", dir)));
+    match made.and_then(|()| bind(socket, 0o600)) {
+        Ok(listener) => Some(listener),
+        Err(error) => {
+            warn!(error = chain(&error), "no NRI plugin can connect: see nri.socket");
+            None
+        }
+    }
 }
 
 /// A listening socket in place of one that an earlier daemon left; the lock says there is no other.

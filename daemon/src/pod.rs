@@ -9,6 +9,7 @@
 //! - `container`: making, starting, stopping and removing containers.
 //! - `exec`: ExecSync.
 //! - `foreign`: containers that somebody else's shim runs.
+//! - `nri`: what NRI plugins are told, and what they want.
 //! - `recover`: what is done at start-up.
 
 pub mod config;
@@ -16,6 +17,7 @@ mod container;
 pub(crate) mod exec;
 mod extras;
 pub(crate) mod foreign;
+mod nri;
 mod readback;
 mod recover;
 mod run;
@@ -130,6 +132,10 @@ pub enum Error {
     Class { name: String, source: classes::Error },
     #[error("container {name:?}")]
     Label { name: String, source: label::Error },
+    #[error("{what}")]
+    Nri { what: String, source: Box<crate::nri::Error> },
+    #[error("container {name:?}: what NRI plugins made of it is not an OCI spec")]
+    NotASpec { name: String, source: serde_json::Error },
     #[error("{what} {path}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
     #[error("record of pod")]
@@ -166,6 +172,8 @@ impl Kinded for Error {
             Error::Cdi { source, .. } => source.kind(),
             Error::Class { source, .. } => source.kind(),
             Error::Label { source, .. } => source.kind(),
+            Error::Nri { source, .. } => source.kind(),
+            Error::NotASpec { .. } => Kind::Precondition,
             Error::NoMappedLayers { .. } => Kind::Precondition,
             Error::SubPath { source, .. } | Error::Volume { source, .. }
                 if matches!(
@@ -230,6 +238,8 @@ pub struct Services {
     pub cdi: cdi::Devices,
     /// Classes of block I/O.
     pub blockio: classes::BlockIo,
+    /// NRI plugins.
+    pub nri: crate::nri::Nri,
     /// What became of the default AppArmor profile.
     pub apparmor: crate::apparmor::State,
 }
@@ -297,6 +307,28 @@ impl Pod {
                 Err(Error::PodNotReady(self.id.clone()))
             }
             None => Err(Error::Unreachable(self.id.clone())),
+        }
+    }
+
+    /// The shim after this connection to it broke: the same one, or one that took over.
+    async fn client_after(&self, broken: &client::Client) -> Result<client::Client, Error> {
+        if self.view().record.foreign.is_some() {
+            // Its containers' shims are others', and nobody takes over from those.
+            return Err(Error::PodNotReady(self.id.clone()));
+        }
+        let mut link = self.link.clone();
+        let other = link.wait_for(|link| match link {
+            Link::Up(client) => !client.is(broken),
+            Link::Pending => false,
+            Link::Down => true,
+        });
+        match tokio::time::timeout(RECONNECT, other).await {
+            Ok(Ok(link)) => match &*link {
+                Link::Up(client) => Ok(client.clone()),
+                Link::Pending | Link::Down => Err(Error::PodNotReady(self.id.clone())),
+            },
+            Ok(Err(_)) => Err(Error::Closed),
+            Err(_) => Err(Error::Unreachable(self.id.clone())),
         }
     }
 
@@ -419,6 +451,17 @@ impl Pods {
         let pod = index.pods.get(pod).ok_or_else(|| Error::NoContainer(id.to_owned()))?;
         let view = pod.container(full)?;
         Ok((pod.clone(), view))
+    }
+
+    /// A container and its pod, by its whole id.
+    fn find_container_exactly(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), Error> {
+        let pod = {
+            let index = self.index();
+            index.containers.get(id).and_then(|pod| index.pods.get(pod)).cloned()
+        };
+        let pod = pod.ok_or_else(|| Error::NoContainer(id.to_owned()))?;
+        let view = pod.container(&id.parse().map_err(|_| Error::NoContainer(id.to_owned()))?)?;
+        Ok((pod, view))
     }
 
     /// Whether there is such a container.
@@ -556,7 +599,9 @@ impl Pods {
     pub async fn update(&self, id: &str, resources: Resources) -> Shared<()> {
         let (pod, container) = self.find_container(id).map_err(Arc::new)?;
         let id = container.record.id.clone();
-        pod.ask(task::Request::Update { id, resources: Box::new(resources) }).await.map(drop)
+        // Its own task: what plugins were asked is carried through, whoever goes.
+        let update = self.clone().update_with_plugins(pod, id, resources);
+        self.tracker.spawn(update).await.unwrap_or(Err(Arc::new(Error::Panicked)))
     }
 
     /// Keeps a pod's new overhead and the new sum of its containers' resources. The pod's cgroup is
@@ -568,8 +613,8 @@ impl Pods {
         resources: Option<Resources>,
     ) -> Shared<()> {
         let pod = self.find(id).map_err(Arc::new)?;
-        let change = Box::new((overhead, resources));
-        pod.ask(task::Request::UpdatePod { change }).await.map(drop)
+        let update = self.clone().update_pod_with_plugins(pod, overhead, resources);
+        self.tracker.spawn(update).await.unwrap_or(Err(Arc::new(Error::Panicked)))
     }
 
     /// Stops a pod: kills its containers, takes its network away. Fine if it is stopped or not

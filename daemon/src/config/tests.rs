@@ -39,7 +39,7 @@ fn defaults_are_what_tools_rely_on() {
     assert_eq!(config.runtime.handlers["runc"], oci("runc"));
     assert_eq!(config.runtime.handlers["crun"], oci("crun"));
     assert!(config.nri.enabled);
-    assert_eq!(config.nri.socket, Path::new("/run/holdfast/nri.sock"));
+    assert_eq!(config.nri.socket, Path::new("/var/run/nri/nri.sock"));
     assert_eq!(config.metrics_address, None);
     assert_eq!(config.log, Log { level: "info".into(), json: false });
     assert_eq!(config.network.timeout, Duration::from_secs(60));

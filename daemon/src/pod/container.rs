@@ -14,12 +14,15 @@ use holdfast_shim::{
     client::{Client, CreateTask, ErrorKind, TaskStatus},
     options,
 };
+use oci_spec::runtime::Spec;
 use tracing::warn;
 
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, foreign, io_at, readback, recover,
+    extras, foreign, io_at,
+    nri::{self, Change as Limits},
+    readback, recover,
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
@@ -29,7 +32,7 @@ use crate::{
     config::CgroupDriver,
     error::chain,
     id::ContainerId,
-    image::{Image, Owners},
+    image::{Image, Mounted, Owners},
     shims::private_dir,
     spec::{self, NamespacePaths, PidNamespace, PodFiles},
     store::pods::{ContainerRecord, PodRecord},
@@ -72,6 +75,7 @@ pub(super) async fn create(
         created_at: SystemTime::now(),
         state: ContainerState::Creating,
         config,
+        asked_resources: None,
     };
     services.store.put_container(&record).await?;
     let client = pod.client().await?;
@@ -89,10 +93,24 @@ pub(super) async fn create(
             if let Ok(state) = record.state.clone().apply(Change::Created { pid }) {
                 record.state = state;
             }
+            nri::post_create(&services, &view.record, &record).await;
             Ok(Effect::Created(Box::new(record)))
         }
         Err(error) => {
-            let undone = take_away(&services, Some(&client), &record).await;
+            nri::undo_create(&services, &view.record, &record).await;
+            let client = match lost_shim(&error) {
+                false => Some(client),
+                true => {
+                    // The runtime may have made it, and no shim knows.
+                    let deleted = services.shims.delete_dead(&id, &view.record.runtime).await;
+                    if let Err(error) = deleted {
+                        warn!(container = id.short(), error = %chain(&error), "clean up after it");
+                    }
+                    pod.client_after(&client).await.ok()
+                }
+            };
+            let shim = client.map(|client| (&pod, client));
+            let undone = take_away(&services, shim.as_ref(), &record).await;
             remove_cgroup(&services, &view.record, &id).await;
             let undone = match undone {
                 Ok(()) => services.store.delete_container(&id).await.map_err(Error::from),
@@ -129,12 +147,18 @@ async fn make(
     let image = image.clone();
     let at = bundle.clone();
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
-    let user = tokio::task::spawn_blocking(move || {
+    let prepared = tokio::task::spawn_blocking(move || {
         prepare(&shared, &pod, draft, &image, &snapshot, &held, &namespaces, &at)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
-    record.user = user;
+    record.user = prepared.user;
+    let json = nri::create(services, &view.record, record, prepared.spec).await?;
+    let (draft, at) = (record.clone(), bundle.clone());
+    let (mounted, made_dirs) = (prepared.mounted, prepared.made_dirs);
+    tokio::task::spawn_blocking(move || fill(&draft, &at, &json, mounted, made_dirs))
+        .await
+        .unwrap_or(Err(Error::Panicked))?;
 
     if let Some(handler) = &view.record.foreign {
         let created = foreign::create(services, &view.record, handler, record, &bundle).await;
@@ -165,6 +189,14 @@ async fn make(
     client.create(task).await.map_err(|source| Error::Create { name, command, source })
 }
 
+/// A container but for its bundle.
+struct Prepared {
+    user: User,
+    spec: Spec,
+    mounted: Mounted,
+    made_dirs: MadeDirs,
+}
+
 #[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
 /// Root file system, account, OCI spec: all that the runtime is given.
 fn prepare(
@@ -176,7 +208,7 @@ fn prepare(
     held: &[volumes::Held],
     namespaces: &NamespacePaths,
     bundle: &Bundle,
-) -> Result<User, Error> {
+) -> Result<Prepared, Error> {
     let name = &record.config.name;
     let image_error = |source| Error::Image { name: name.clone(), source };
     let spec_error = |source| Error::Spec { name: name.clone(), source };
@@ -258,17 +290,27 @@ fn prepare(
     let mut spec = spec::generate(&input).map_err(spec_error)?;
     extras::amend(services, pod, &record.config, &facts, &mut spec)?;
     foreign::apart(pod, &mut spec);
+    Ok(Prepared { user, spec, mounted, made_dirs })
+}
 
+/// Its bundle: the spec, and the root file system in its place.
+fn fill(
+    record: &ContainerRecord,
+    bundle: &Bundle,
+    json: &[u8],
+    mounted: Mounted,
+    made_dirs: MadeDirs,
+) -> Result<(), Error> {
     let rootfs = bundle.rootfs();
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
-    let json = serde_json::to_vec(&spec).expect("a spec serialises");
     std::fs::write(bundle.config(), json).map_err(io_at("write", &bundle.config()))?;
     if let Some(dir) = record.log.parent().filter(|d| !d.as_os_str().is_empty()) {
         std::fs::create_dir_all(dir).map_err(io_at("make log directory", dir))?;
     }
+    let image_error = |source| Error::Image { name: record.config.name.clone(), source };
     mounted.attach(&rootfs).map_err(image_error)?;
     made_dirs.keep();
-    Ok(user)
+    Ok(())
 }
 
 /// Directories that were made on the node for a container; removed again if it is not made.
@@ -323,20 +365,38 @@ fn namespaces(
     })
 }
 
+/// The shim went while it was at it.
+fn lost_shim(error: &Error) -> bool {
+    match error {
+        Error::Create { source, .. } | Error::Task { source, .. } => {
+            source.kind() == ErrorKind::Closed
+        }
+        _ => false,
+    }
+}
+
 /// Starts a created container.
 pub(super) async fn start(
     services: Arc<Services>,
     pod: Pod,
     id: ContainerId,
 ) -> Result<Effect, Error> {
-    let client = foreign::tasks(&services, &pod, &id).await?;
+    let mut client = foreign::tasks(&services, &pod, &id).await?;
+    nri::start(&services, &pod, &id).await?;
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
-    match client.start(id.as_str(), "").await {
-        Ok(_) => {}
-        // A daemon that was killed had it started, and could not say so.
-        Err(error) if error.kind() == ErrorKind::Precondition && runs(&client, &id).await => {}
-        Err(source) => return Err(Error::Task { what: "start", id, source }),
+    loop {
+        match client.start(id.as_str(), "").await {
+            Ok(_) => break,
+            // A daemon that was killed, or a shim that died, had it started and could not say so.
+            Err(error) if error.kind() == ErrorKind::Precondition && runs(&client, &id).await => {
+                break;
+            }
+            Err(error) if error.kind() == ErrorKind::Closed => {
+                client = pod.client_after(&client).await?;
+            }
+            Err(source) => return Err(Error::Task { what: "start", id, source }),
+        }
     }
     Ok(Effect::Started { id, at })
 }
@@ -382,25 +442,40 @@ pub(super) async fn stop(
     if runs && !grace.is_zero() {
         // Asked once: to some programs a second SIGTERM means "at once".
         if !container.asked_to_stop.swap(true, Ordering::Relaxed) {
-            kill(&client, &id, container.record.stop_signal, false).await?;
+            insist(&pod, client.clone(), &id, container.record.stop_signal, false).await?;
         }
-        if ended(services, &pod, &client, &id, grace).await? {
+        if ended(services, &pod, &id, grace).await? {
             return Ok(());
         }
     }
-    kill(&client, &id, libc::SIGKILL, true).await?;
-    match ended(services, &pod, &client, &id, AFTER_KILL).await? {
+    insist(&pod, client, &id, libc::SIGKILL, true).await?;
+    match ended(services, &pod, &id, AFTER_KILL).await? {
         true => Ok(()),
         false => Err(Error::StillRuns { id, after: AFTER_KILL }),
     }
 }
 
-async fn kill(client: &Client, id: &ContainerId, signal: i32, all: bool) -> Result<(), Error> {
-    match client.kill(id.as_str(), "", signal as u32, all).await {
-        Ok(_) => Ok(()),
-        // Ended meanwhile.
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => Ok(()),
-        Err(source) => Err(Error::Task { what: "signal", id: id.clone(), source }),
+/// Signals a container, by the shim that there is when the first one goes.
+async fn insist(
+    pod: &Pod,
+    mut client: Client,
+    id: &ContainerId,
+    signal: i32,
+    all: bool,
+) -> Result<(), Error> {
+    loop {
+        match client.kill(id.as_str(), "", signal as u32, all).await {
+            Err(error) if error.kind() == ErrorKind::Closed => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(Error::Task { what: "signal", id: id.clone(), source }),
+            Ok(()) => return Ok(()),
+        }
+        client = match pod.client_after(&client).await {
+            Ok(client) => client,
+            // What a shim leaves that cannot be replaced is killed.
+            Err(Error::PodNotReady(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
     }
 }
 
@@ -408,7 +483,6 @@ async fn kill(client: &Client, id: &ContainerId, signal: i32, all: bool) -> Resu
 async fn ended(
     services: &Services,
     pod: &Pod,
-    client: &Client,
     id: &ContainerId,
     within: Duration,
 ) -> Result<bool, Error> {
@@ -423,6 +497,7 @@ async fn ended(
         }
         loop {
             tokio::time::sleep(ASK).await;
+            let Some(client) = pod.connected() else { continue };
             let state = client.state(id.as_str(), "").await;
             let stopped = match state {
                 Ok(state) => state.exit.map(|exit| (exit.status, exit.at)),
@@ -452,24 +527,41 @@ pub(super) async fn reap(
     pod: Pod,
     id: ContainerId,
 ) -> Result<Effect, Error> {
-    free(&services, pod.connected().as_ref(), &id).await?;
+    free(&services, shim_of(&pod).as_ref(), &id).await?;
     Ok(Effect::Reaped)
+}
+
+/// A pod, and its shim as far as we know.
+pub(super) type Shim<'a> = (&'a Pod, Client);
+
+fn shim_of(pod: &Pod) -> Option<Shim<'_>> {
+    pod.connected().map(|client| (pod, client))
 }
 
 /// See [`reap`]. May be repeated.
 pub(super) async fn free(
     services: &Services,
-    client: Option<&Client>,
+    shim: Option<&Shim<'_>>,
     id: &ContainerId,
 ) -> Result<(), Error> {
     let bundle = services.shims.container_bundle(id);
     let ended = services.shims.end_foreign(id.as_str(), &bundle).await;
     ended.map_err(|source| Error::Task { what: "delete", id: id.clone(), source })?;
-    if let Some(client) = client {
-        match client.delete(id.as_str(), "").await {
-            Ok(_) => {}
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => {}
-            Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
+    if let Some((pod, client)) = shim {
+        let mut client = client.clone();
+        loop {
+            match client.delete(id.as_str(), "").await {
+                Ok(_) => break,
+                Err(e) if e.kind() == ErrorKind::NotFound => break,
+                Err(e) if e.kind() == ErrorKind::Closed => {}
+                Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
+            }
+            // The next shim has what the dead one had.
+            client = match pod.client_after(&client).await {
+                Ok(client) => client,
+                Err(Error::PodNotReady(_)) => break,
+                Err(error) => return Err(error),
+            };
         }
     }
     let unmounted = tokio::task::spawn_blocking(move || {
@@ -487,25 +579,28 @@ pub(super) async fn remove(
 ) -> Result<Effect, Error> {
     let container = pod.container(&id)?;
     stop(&services, pod.clone(), id.clone(), Duration::ZERO).await?;
-    take_away(&services, pod.connected().as_ref(), &container.record).await?;
+    nri::remove(&services, &pod, &id).await;
+    take_away(&services, shim_of(&pod).as_ref(), &container.record).await?;
     Ok(Effect::Removed(id))
 }
 
 /// Takes away all that a container is made of, whatever of it there is. May be repeated.
 pub(super) async fn take_away(
     services: &Services,
-    client: Option<&Client>,
+    shim: Option<&Shim<'_>>,
     record: &ContainerRecord,
 ) -> Result<(), Error> {
     let id = &record.id;
-    if let Some(client) = client {
+    if let Some((pod, client)) = shim {
         // Half made or running: the shim kills it first.
-        kill(client, id, libc::SIGKILL, true).await.or_else(|error| match &error {
-            Error::Task { source, .. } if source.kind() == ErrorKind::Precondition => Ok(()),
-            _ => Err(error),
-        })?;
+        insist(pod, client.clone(), id, libc::SIGKILL, true).await.or_else(
+            |error| match &error {
+                Error::Task { source, .. } if source.kind() == ErrorKind::Precondition => Ok(()),
+                _ => Err(error),
+            },
+        )?;
     }
-    free(services, client, id).await?;
+    free(services, shim, id).await?;
     let image = services.images.remove_snapshot(id).await;
     image.map_err(|source| Error::Image { name: record.config.name.clone(), source })?;
     volumes::remove(services, id).await?;
@@ -538,6 +633,7 @@ pub(super) async fn discard(
     pod: Pod,
     record: ContainerRecord,
 ) -> Result<Effect, Error> {
+    nri::undo_create(&services, &pod.view().record, &record).await;
     let client = pod.client().await.ok();
     if client.is_none() {
         let bundle = services.shims.container_bundle(&record.id);
@@ -551,7 +647,8 @@ pub(super) async fn discard(
             })?;
         }
     }
-    take_away(&services, client.as_ref(), &record).await?;
+    let shim = client.map(|client| (&pod, client));
+    take_away(&services, shim.as_ref(), &record).await?;
     remove_cgroup(&services, &pod.view().record, &record.id).await;
     Ok(Effect::Removed(record.id))
 }
@@ -572,22 +669,23 @@ pub(super) async fn update(
     services: Arc<Services>,
     pod: Pod,
     record: ContainerRecord,
-    resources: Box<Resources>,
+    change: Box<Limits>,
 ) -> Result<Effect, Error> {
     let id = record.id;
-    let mut merged = record.config.resources.merged(*resources);
+    let Limits { resources, more } = *change;
+    let mut merged = record.config.resources.merged(resources);
     if !record.state.is_exited() {
         let client = foreign::tasks(&services, &pod, &id).await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
-        let json = serde_json::to_vec(&linux).expect("resources serialise");
+        let json = Limits::json(more.as_deref(), &linux);
         let mut updated = client.update(id.as_str(), json).await;
         // crun 1.8 cannot take a quota away on cgroup v1: it writes -1 as an unsigned number.
         if updated.is_err() && merged.cpu_quota == -1 && remove_quota(record.state.pid()).await {
             let rest = Resources { cpu_quota: 0, ..merged.clone() };
             let linux = spec::update(&rest, &services.node)
                 .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
-            let json = serde_json::to_vec(&linux).expect("resources serialise");
+            let json = Limits::json(more.as_deref(), &linux);
             updated = client.update(id.as_str(), json).await;
         }
         updated.map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;

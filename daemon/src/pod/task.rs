@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use holdfast_shim::client::Client;
+use holdfast_shim::client::{Client, Endpoint};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
@@ -24,7 +24,9 @@ use tracing::{Instrument, info, warn};
 use super::{
     ContainerView, Error, Pod, PodView, Pods, Shared,
     config::{ContainerConfig, Resources},
-    container, foreign, recover, run,
+    container, foreign,
+    nri::Change as Limits,
+    recover, run,
     state::{Change, Exit, PodState},
 };
 use crate::{
@@ -59,7 +61,7 @@ pub(super) enum Request {
     },
     Update {
         id: ContainerId,
-        resources: Box<Resources>,
+        change: Box<Limits>,
     },
     /// New overhead and new sum of the containers' resources; `None`: as it was.
     UpdatePod {
@@ -155,13 +157,27 @@ pub(super) enum Effect {
     Stopped,
     Gone,
     Created(Box<ContainerRecord>),
-    Started { id: ContainerId, at: SystemTime },
+    Started {
+        id: ContainerId,
+        at: SystemTime,
+    },
     Removed(ContainerId),
-    Updated { id: ContainerId, resources: Box<Resources> },
+    Updated {
+        id: ContainerId,
+        resources: Box<Resources>,
+    },
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     Reaped,
-    Linked { client: Client, started: Vec<ContainerId>, exits: Vec<recover::Seen> },
-    Dead { exits: Vec<recover::Seen> },
+    Linked {
+        client: Client,
+        /// It is a new shim.
+        endpoint: Option<Endpoint>,
+        started: Vec<ContainerId>,
+        exits: Vec<recover::Seen>,
+    },
+    Dead {
+        exits: Vec<recover::Seen>,
+    },
     Closed,
     Ended(recover::Seen),
     SandboxEnded,
@@ -400,7 +416,7 @@ impl Owner {
                 };
                 if let Some(found) = self.containers.values().find(same) {
                     let found = &found.view.record;
-                    let retry = found.config == *config
+                    let retry = found.is_of(&config)
                         && matches!(found.state, super::state::ContainerState::Created { .. });
                     if retry {
                         let _ = reply.send(Ok(Answer::Container(found.id.clone())));
@@ -454,13 +470,13 @@ impl Owner {
                 }
                 self.join(Op::Remove(id.clone()), reply, container::remove(services, pod, id));
             }
-            Request::Update { id, resources } => {
+            Request::Update { id, change } => {
                 let Some(container) = self.containers.get(&id) else {
                     return Err((Error::NoContainer(id.to_string()), reply));
                 };
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
-                self.join(op, reply, container::update(services, pod, record, resources));
+                self.join(op, reply, container::update(services, pod, record, change));
             }
             // Nothing outside is to be done; it goes the way of all changes.
             Request::UpdatePod { change } => {
@@ -553,6 +569,7 @@ impl Owner {
                 }
                 self.connected(up.client);
                 self.publish(self.pod.id.clone(), Kind::Started);
+                services.nri.listed(self.pod.id.as_str());
                 info!(
                     name = %self.record.config.name,
                     namespace = %self.record.config.namespace,
@@ -565,6 +582,7 @@ impl Owner {
                 record.state = PodState::NotReady;
                 self.save_pod(record).await?;
                 self.link.send_replace(Link::Down);
+                services.shims.let_go(&self.pod.id);
                 self.stopping = false;
                 self.publish(self.pod.id.clone(), Kind::Stopped);
                 info!("pod is stopped");
@@ -585,6 +603,7 @@ impl Owner {
                 self.containers.insert(id.clone(), Container::new(*record));
                 self.watch_foreign(&id, Duration::ZERO);
                 self.publish(id.clone(), Kind::Created);
+                services.nri.listed(id.as_str());
                 if let Some((at, how)) = self.early.remove(&id) {
                     self.exited(&id, at, how).await;
                 }
@@ -592,6 +611,9 @@ impl Owner {
             }
             Effect::Started { id, at } => {
                 self.change(&id, Change::Started { at }).await?;
+                if let Some(container) = self.containers.get(&id) {
+                    self.pods.announce_start(&self.view.borrow(), &container.view);
+                }
             }
             Effect::Removed(id) => {
                 services.store.delete_container(&id).await?;
@@ -619,7 +641,11 @@ impl Owner {
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
             Effect::Reaped => {}
-            Effect::Linked { client, started, exits } => {
+            Effect::Linked { client, endpoint, started, exits } => {
+                if endpoint.is_some() && endpoint != self.record.endpoint {
+                    let record = PodRecord { endpoint, ..(*self.record).clone() };
+                    self.save_pod(record).await?;
+                }
                 self.connected(client);
                 for id in started {
                     self.change(&id, Change::Started { at: SystemTime::now() }).await?;
@@ -640,6 +666,7 @@ impl Owner {
             Effect::Dead { exits } => {
                 warn!("the pod's shim is dead");
                 self.link.send_replace(Link::Down);
+                services.shims.let_go(&self.pod.id);
                 for seen in exits {
                     self.exited(&seen.id, seen.at, seen.how).await;
                 }
@@ -650,7 +677,9 @@ impl Owner {
             }
             Effect::Closed => {
                 // A shim that is, or was, shut down closes; anything else is looked into.
-                let ending = self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod);
+                let ending = (self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod))
+                    // It goes with a shim that was shut down.
+                    && !services.shims.pod_bundle(&self.pod.id).shim_state().exists();
                 if !ending && matches!(*self.link.borrow(), Link::Up(_)) {
                     self.link.send_replace(Link::Pending);
                     self.reach();
@@ -695,9 +724,16 @@ impl Owner {
                     self.early.remove(&id);
                 }
             }
-            Op::StopPod => self.stopping = false,
-            Op::RemovePod
-            | Op::Remove(_)
+            Op::StopPod | Op::RemovePod => {
+                self.stopping &= *op != Op::StopPod;
+                // What went during it was not looked into, for that might have been its end.
+                let lost = matches!(&*self.link.borrow(), Link::Up(client) if client.is_closed());
+                if lost {
+                    self.link.send_replace(Link::Pending);
+                    self.reach();
+                }
+            }
+            Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
             | Op::Reap(_)
@@ -710,6 +746,7 @@ impl Owner {
 
     fn forget(&mut self) {
         self.gone = true;
+        self.pods.services.shims.let_go(&self.pod.id);
         let last = self.view.borrow().clone();
         for id in last.containers.keys() {
             self.pods.services.events.send(id.clone(), Kind::Deleted, last.clone());
@@ -719,10 +756,11 @@ impl Owner {
     }
 
     fn connected(&mut self, client: Client) {
-        let watched = client.clone();
+        let (watched, shims) = (client.clone(), self.pods.services.shims.clone());
+        let id = self.pod.id.clone();
         self.link.send_replace(Link::Up(client));
         self.spawn(Op::Watch, async move {
-            watched.closed().await;
+            shims.hold(&id, &watched).await;
             Ok(Effect::Closed)
         });
         let Some(handler) = &self.record.foreign else { return };
@@ -798,6 +836,9 @@ impl Owner {
         match self.change(id, Change::Exited { at, how }).await {
             Ok(()) => {
                 info!(container = id.short(), name, code, "container ended");
+                if let Some(container) = self.containers.get(id) {
+                    self.pods.announce_exit(&self.view.borrow(), &container.view);
+                }
                 self.reap(id.clone());
                 true
             }

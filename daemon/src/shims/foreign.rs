@@ -14,7 +14,6 @@ use std::{
     time::Duration,
 };
 
-use futures::FutureExt as _;
 use holdfast_protos::shim::protobuf::{CodedOutputStream, well_known_types::any::Any};
 use holdfast_shim::{
     bundle::Bundle,
@@ -153,7 +152,7 @@ impl Foreign {
     fn known(&self, address: &str) -> Option<Client> {
         let mut clients = lock(&self.clients);
         let client = clients.get(address)?.clone();
-        if client.closed().now_or_never().is_some() {
+        if client.is_closed() {
             clients.remove(address);
             return None;
         }

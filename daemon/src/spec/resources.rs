@@ -272,7 +272,7 @@ fn unified(
 }
 
 /// The oom_score_adj that the container can have: without CAP_SYS_RESOURCE nobody may lower his own.
-pub(super) fn oom_score_adj(wanted: i64, node: &Node) -> Result<i32, Error> {
+pub fn oom_score_adj(wanted: i64, node: &Node) -> Result<i32, Error> {
     let wanted =
         i32::try_from(wanted).ok().filter(|v| (-1000..=1000).contains(v)).ok_or_else(|| {
             Error::invalid("resources.oom_score_adj", format!("{wanted} is not in -1000 to 1000"))
