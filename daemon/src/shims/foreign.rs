@@ -494,7 +494,7 @@ fn kill_strays(shim: &Path, id: &str) {
 /// Whether a command line is that shim's, called for that id. An interpreter may come before it.
 fn is_shim_of(line: &[u8], shim: &Path, id: &str) -> bool {
     let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-    let is_shim = words.iter().any(|word| *word == shim.as_os_str().as_encoded_bytes());
+    let is_shim = words.contains(&shim.as_os_str().as_encoded_bytes());
     let has_id = words.windows(2).any(|pair| pair[0] == b"-id" && pair[1] == id.as_bytes());
     is_shim && has_id
 }
