@@ -24,6 +24,7 @@ pub mod authfile;
 pub mod commit;
 mod connect;
 pub mod erofs;
+mod fit;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
