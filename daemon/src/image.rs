@@ -24,6 +24,7 @@ pub mod authfile;
 pub mod commit;
 mod connect;
 pub mod erofs;
+mod fit;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
@@ -815,6 +816,7 @@ impl Shared {
         let (shared, cancelled) = (self.clone(), cancel.clone());
         self.tasks.spawn(async move {
             let landing = Landing { shared: shared.clone(), key, number };
+            let counted = crate::metrics::Pull::begin();
             let unpackers = TaskTracker::new();
             let limit = shared.config.pull_timeout;
             let pull = async {
@@ -855,6 +857,7 @@ impl Shared {
                     shared.layers.flush().await;
                 }
             }
+            counted.end(crate::metrics::outcome(&outcome, Kinded::kind));
             drop(landing);
             let _ = landed.send(outcome.map_err(Arc::new));
         });

@@ -149,8 +149,7 @@ impl ImageService for Service {
         request: Request<cri::StreamImagesRequest>,
     ) -> Answer<Self::StreamImagesStream> {
         let found = self.select_images(request.into_inner().filter);
-        Ok(Response::new(streams::list(found, |chunk| cri::StreamImagesResponse {
-            images: chunk.iter().map(image).collect(),
-        })))
+        let message = |images| cri::StreamImagesResponse { images };
+        Ok(Response::new(streams::list(found, image, message)))
     }
 }

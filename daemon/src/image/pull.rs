@@ -544,6 +544,7 @@ impl Fetch<'_> {
                 };
                 let Some(data) = next else { break };
                 let length = data.len() as u64;
+                crate::metrics::counts().pull_bytes.inc_by(length);
                 if pieces.send(Piece::Data(data)).await.is_err() {
                     // The unpacker has given up and says why.
                     return Ok(());
