@@ -5,6 +5,7 @@
 //! all of them; the bare plugins and runc take their turn in the same rounds. Everything is measured
 //! from outside: clocks around CRI calls, and the kernel's own account of memory.
 
+pub mod endurance;
 pub mod floor;
 pub mod peer;
 mod pull;
@@ -74,19 +75,22 @@ pub enum Section {
     /// Pull of an image.
     Pull,
     /// Memory and output of a shim in use.
+    Endurance,
+    /// The shims alone, and ours under containerd.
     Shim,
 }
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
+        Self::Shim,
         Self::Memory,
         Self::Restart,
         Self::Lifecycle,
         Self::List,
         Self::Watch,
         Self::Pull,
-        Self::Shim,
+        Self::Endurance,
     ];
 
     /// As `--only` takes it.
@@ -99,6 +103,7 @@ impl Section {
             Self::Watch => "watch",
             Self::Pull => "pull",
             Self::Shim => "shim",
+            Self::Endurance => "endurance",
         }
     }
 }
@@ -129,6 +134,29 @@ pub async fn run(plan: &Plan, samples: &mut Samples, facts: &mut Vec<String>) ->
     let image = registry.push("bench/busybox:1", &busybox).await?;
     let pause_image = Image::busybox()?.cmd(["/bin/sleep", "2147483647"]).build()?;
     let pause = registry.push("bench/pause:1", &pause_image).await?;
+
+    if plan.sections.contains(&Section::Shim) {
+        let ours = crate::binaries::binaries()?.shim;
+        shim::measure(&ours, &runc, plan.rounds, samples).await?;
+        if let Some(binary) = if plan.peer { peer::find()? } else { None } {
+            for (column, with) in [(HOLDFAST, Some(ours.as_path())), (CONTAINERD, None)] {
+                progress(format!("{column}'s shim under containerd"));
+                let peer =
+                    Containerd::start_with(&binary, &runc, registry.host(), &pause, with).await?;
+                for reference in [&image, &pause] {
+                    let request = api::PullImageRequest {
+                        image: Some(image_spec(reference)),
+                        ..Default::default()
+                    };
+                    peer.cri().images().pull_image(request).await?;
+                }
+                shim::under_containerd(column, &peer, &image, samples).await?;
+            }
+        }
+        if plan.sections == [Section::Shim] {
+            return Ok(());
+        }
+    }
 
     let mut sides = Vec::new();
     // The harness asks for debug lines; what is shipped logs at "info".
@@ -207,10 +235,10 @@ async fn sections(
     if wants(Section::Pull) {
         pull::run(plan, samples, sides, registry).await?;
     }
-    if wants(Section::Shim) {
-        let loud = registry.push("bench/loud:1", &shim::image()?).await?;
+    if wants(Section::Endurance) {
+        let loud = registry.push("bench/loud:1", &endurance::image()?).await?;
         let floor = Floor::new(busybox, runc)?;
-        shim::run(plan.quick, samples, sides, &loud, &floor, facts).await?;
+        endurance::run(plan.quick, samples, sides, &loud, &floor, facts).await?;
     }
     Ok(())
 }

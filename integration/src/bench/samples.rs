@@ -104,6 +104,18 @@ pub const POD_MEMORY: &str = "Shim + daemon per pod";
 pub const SHIM_GROWTH: &str = "Shim PSS growth in use";
 /// 256 MB in lines of 100 bytes, to the end of the container; the floor is conmon.
 pub const LOG: &str = "Output, 256 MB";
+/// The shim alone: from the exec of `start` to the answer to Connect.
+pub const SHIM_START: &str = "shim: start to Connect";
+/// The shim alone; the floor is bare runc on the same bundle.
+pub const SHIM_CREATE_START: &str = "shim: Create + Start";
+/// The shim alone, from Exec to the answer to Wait; the floor is bare runc.
+pub const SHIM_EXEC: &str = "shim: exec";
+/// PSS of one shim alone, with an idle container.
+pub const SHIM_IDLE: &str = "shim: PSS alone";
+/// PSS of a shim under containerd, with a pause and an idle container; `containerd` is its own shim.
+pub const SHIM_UNDER_PEER: &str = "shim: under containerd";
+/// Size of the binary.
+pub const SHIM_BINARY: &str = "shim: binary";
 
 /// In the order of the table, with their units.
 const METRICS: &[(&str, &str)] = &[
@@ -145,9 +157,15 @@ const METRICS: &[(&str, &str)] = &[
     (POD_MEMORY, "KiB"),
     (SHIM_GROWTH, "%"),
     (LOG, "ms"),
+    (SHIM_START, "ms"),
+    (SHIM_CREATE_START, "ms"),
+    (SHIM_EXEC, "ms"),
+    (SHIM_IDLE, "KiB"),
+    (SHIM_UNDER_PEER, "KiB"),
+    (SHIM_BINARY, "KiB"),
 ];
 
-const BARS: [Bar; 24] = [
+const BARS: [Bar; 27] = [
     Bar { metric: RUN_POD, against: Against::Floor, limit: 10.0 },
     Bar { metric: CREATE_START, against: Against::Floor, limit: 6.0 },
     Bar { metric: STOP, against: Against::Zero, limit: 15.0 },
@@ -172,6 +190,9 @@ const BARS: [Bar; 24] = [
     Bar { metric: SHIM_GROWTH, against: Against::Zero, limit: 10.0 },
     Bar { metric: LOG, against: Against::Times(FLOOR), limit: 0.5 },
     Bar { metric: LOG, against: Against::Times(CONTAINERD), limit: 0.5 },
+    Bar { metric: SHIM_START, against: Against::Zero, limit: 8.0 },
+    Bar { metric: SHIM_CREATE_START, against: Against::Floor, limit: 3.0 },
+    Bar { metric: SHIM_UNDER_PEER, against: Against::Zero, limit: 450.0 },
 ];
 
 /// All figures of a run.
