@@ -98,6 +98,7 @@ impl Pod {
             oom_kills_before: saved.oom_kills_before.map_or_else(OnceLock::new, OnceLock::from),
             shares_pids: saved.shares_pids,
             paused: AtomicBool::new(saved.paused),
+            undeleted: AtomicBool::new(false),
             restore: saved.restore,
             mounted: saved.mounted,
             ids: saved.ids,
