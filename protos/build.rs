@@ -31,5 +31,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         };
         build.compile_fds(set)?;
     }
+    println!("cargo:rerun-if-changed=proto/containerd");
+    if env::var_os("CARGO_FEATURE_CONTAINERD").is_some() {
+        let files = ["version", "containers", "tasks"].map(|f| format!("containerd/{f}.proto"));
+        tonic_prost_build::configure().compile_fds(protox::compile(files, ["proto"])?)?;
+    }
     Ok(())
 }

@@ -22,7 +22,7 @@ use std::{
 pub use raw::Origin;
 use raw::{
     Layers, RawConfig, RawGrpc, RawHandler, RawImages, RawLog, RawMetrics, RawNetwork, RawNri,
-    RawNriValidator, RawRuntime, RawStreaming,
+    RawNriValidator, RawRuntime, RawStreaming, RawTracing,
 };
 
 use serde::{Deserialize, Serialize};
@@ -57,6 +57,8 @@ pub struct Config {
     pub runtime: Runtime,
     /// `[metrics]`: where to serve Prometheus metrics, if at all.
     pub metrics_address: Option<SocketAddr>,
+    /// `[tracing]`
+    pub tracing: Tracing,
     /// `[nri]`
     pub nri: Nri,
     /// `[log]`
@@ -269,6 +271,15 @@ pub struct NriValidator {
     pub required_plugins: Vec<String>,
     /// Key of an annotation that makes a pod's containers do without them; empty: none does.
     pub tolerate_missing_plugins_annotation: String,
+}
+
+/// OpenTelemetry traces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tracing {
+    /// An OTLP collector's gRPC address ("http://127.0.0.1:4317"), if traces are to be sent.
+    pub endpoint: Option<String>,
+    /// How many of a million requests, of those that nobody has decided on, are traced.
+    pub samples_per_million: u32,
 }
 
 /// The daemon's own log.
@@ -488,6 +499,17 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
         metrics_address: match raw.metrics.address.as_str() {
             "" => None,
             given => Some(key("metrics.address").address(given)?),
+        },
+        tracing: Tracing {
+            endpoint: match raw.tracing.endpoint.as_str() {
+                "" => None,
+                given => Some(key("tracing.endpoint").collector(given)?),
+            },
+            samples_per_million: key("tracing.samples_per_million").number(
+                raw.tracing.samples_per_million,
+                0,
+                1_000_000,
+            )?,
         },
         nri: Nri {
             enabled: raw.nri.enabled,
@@ -720,6 +742,21 @@ impl Key<'_> {
         })
     }
 
+    fn collector(&self, text: &str) -> Result<String, Error> {
+        if !crate::trace::BUILT {
+            return Err(self.bad_text(text, "this build cannot send traces: leave it empty"));
+        }
+        let host = text.strip_prefix("http://").unwrap_or_default();
+        match !host.is_empty() && url::Url::parse(text).is_ok() {
+            true => Ok(text.to_owned()),
+            false => Err(self.bad_text(
+                text,
+                "it must be the address of a collector's gRPC receiver without TLS, as in \
+                 http://127.0.0.1:4317",
+            )),
+        }
+    }
+
     fn duration(&self, text: &str) -> Result<Duration, Error> {
         const RULE: &str =
             "it must be a whole number and ms, s, m or h, from 1ms to 24h, as in \"60s\"";
@@ -942,6 +979,10 @@ fn raw_of(config: &Config) -> RawConfig {
         },
         metrics: RawMetrics {
             address: config.metrics_address.map(|a| a.to_string()).unwrap_or_default(),
+        },
+        tracing: RawTracing {
+            endpoint: config.tracing.endpoint.clone().unwrap_or_default(),
+            samples_per_million: config.tracing.samples_per_million.into(),
         },
         log: RawLog {
             level: config.log.level.clone(),

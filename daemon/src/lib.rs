@@ -1,6 +1,7 @@
 //! Everything behind the CRI socket. [`run`] is the daemon; the binary only calls it.
 
 pub mod apparmor;
+pub mod cadvisor;
 pub mod cdi;
 pub mod classes;
 pub mod config;
@@ -11,6 +12,7 @@ pub mod features;
 pub mod id;
 pub mod image;
 pub mod label;
+mod metrics;
 pub mod network;
 pub mod node;
 pub mod notify;
@@ -22,6 +24,7 @@ pub mod spec;
 pub mod stats;
 pub mod store;
 pub mod streaming;
+pub mod trace;
 
 use std::{
     fs, io,
@@ -83,6 +86,8 @@ pub enum Error {
     Node(#[from] node::Error),
     #[error("pods")]
     Pods(#[from] pod::Error),
+    #[error("listen at {0} for metrics: free it, or change metrics.address")]
+    Metrics(std::net::SocketAddr, #[source] io::Error),
     #[error("streaming server")]
     Streaming(#[from] holdfast_streaming::Error),
 }
@@ -148,6 +153,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     if let Some(dir) = socket.parent() {
         fs::create_dir_all(dir).map_err(at("make", dir))?;
     }
+    // First what may fail for want of an address.
+    let scraped = match config.metrics_address {
+        Some(address) => {
+            let bound = metrics::bind(address).await;
+            Some(bound.map_err(|source| Error::Metrics(address, source))?)
+        }
+        None => None,
+    };
     let listener = bind(socket, 0o660)?;
     std::os::unix::fs::chown(socket, None, Some(config.grpc.gid)).map_err(at("give", socket))?;
     let streaming = &config.streaming;
@@ -179,6 +192,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     .add_service(AdminServer::new(service.clone()).max_decoding_message_size(MESSAGE_LIMIT))
     .add_service(ImagesServer::new(service).max_decoding_message_size(MESSAGE_LIMIT));
     let stop = CancellationToken::new();
+    if let Some(listener) = scraped {
+        info!(address = %listener.local_addr().map_err(at("read the address of", socket))?, "metrics");
+        tokio::spawn(metrics::serve(listener, metrics::registry(pods.clone()), stop.clone()));
+    }
+    let marks = Arc::new(cadvisor::Marks::default());
+    tokio::spawn(marks.clone().keep(pods.clone(), stop.clone()));
+    let routes = cadvisor::Service::new(pods.clone(), marks).serve_with(routes);
     let mut server = tokio::spawn(serve::serve(listener, routes, stop.clone()));
     info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
     notify::ready();

@@ -336,7 +336,7 @@ impl Pod {
     /// waiting.
     async fn ask(&self, request: task::Request) -> Shared<task::Answer> {
         let (reply, answer) = oneshot::channel();
-        let command = task::Command::Request { request, reply };
+        let command = task::Command::Request { request, reply, cause: tracing::Span::current() };
         self.commands.send(command).await.map_err(|_| Arc::new(Error::Closed))?;
         answer.await.map_err(|_| Arc::new(Error::Closed))?
     }
@@ -451,6 +451,29 @@ impl Pods {
         let pod = index.pods.get(pod).ok_or_else(|| Error::NoContainer(id.to_owned()))?;
         let view = pod.container(full)?;
         Ok((pod.clone(), view))
+    }
+
+    /// Connections to the shims of ready pods by their state, and commands that wait for owners.
+    pub(crate) fn load(&self) -> (BTreeMap<&'static str, u64>, u64) {
+        let mut shims = BTreeMap::from([("connected", 0), ("pending", 0), ("down", 0)]);
+        let mut queued = 0;
+        for pod in self.index().pods.values() {
+            queued += (pod.commands.max_capacity() - pod.commands.capacity()) as u64;
+            if pod.view.borrow().record.state == PodState::Ready {
+                let state = match &*pod.link.borrow() {
+                    Link::Up(_) => "connected",
+                    Link::Pending => "pending",
+                    Link::Down => "down",
+                };
+                *shims.entry(state).or_default() += 1;
+            }
+        }
+        (shims, queued)
+    }
+
+    /// Whether there is such a pod.
+    pub fn has_pod(&self, id: &PodId) -> bool {
+        self.index().pods.contains_key(id)
     }
 
     /// A container and its pod, by its whole id.

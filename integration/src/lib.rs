@@ -56,6 +56,7 @@ pub mod log;
 pub mod node;
 pub mod nri;
 pub mod pod;
+pub mod proxy;
 pub mod registry;
 pub mod tar;
 pub mod wait;

@@ -2,6 +2,7 @@
 //!
 //! - [`cri`]: the Kubernetes Container Runtime Interface v1, from `proto/cri.proto`.
 //! - [`admin`]: what our command line needs beyond the CRI, from `proto/admin.proto`.
+//! - [`containerd`]: what the kubelet's cAdvisor calls, from `proto/containerd`.
 //! - [`images`]: the same for images, from `proto/images.proto`.
 //! - [`nri`]: the Node Resource Interface's plugin protocol, from `proto/nri.proto`.
 //! - [`shim`]: containerd's shim services over ttrpc, re-exported from `containerd-shim-protos`.
@@ -22,6 +23,35 @@ pub mod admin {
     tonic::include_proto!("holdfast.admin.v1");
     /// The compiled `FileDescriptorSet` of this package.
     pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/admin.proto.bin"));
+}
+
+/// The few gRPC services of containerd that the kubelet's cAdvisor calls, without what changes
+/// anything. The modules' nesting is that of the packages.
+#[cfg(feature = "containerd")]
+#[allow(unreachable_pub, clippy::all, reason = "generated")]
+pub mod containerd {
+    pub mod services {
+        pub mod version {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.version.v1");
+            }
+        }
+        pub mod containers {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.containers.v1");
+            }
+        }
+        pub mod tasks {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.tasks.v1");
+            }
+        }
+    }
+    pub mod v1 {
+        pub mod types {
+            tonic::include_proto!("containerd.v1.types");
+        }
+    }
 }
 
 /// NRI (package `nri.pkg.api.v1alpha1`): messages alone, the services are spoken over ttrpc.

@@ -36,6 +36,7 @@ pub(super) struct RawConfig {
     pub(super) runtime: RawRuntime,
     pub(super) nri: RawNri,
     pub(super) metrics: RawMetrics,
+    pub(super) tracing: RawTracing,
     pub(super) log: RawLog,
 }
 
@@ -139,6 +140,13 @@ pub(super) struct RawNriValidator {
 #[serde(deny_unknown_fields)]
 pub(super) struct RawMetrics {
     pub(super) address: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawTracing {
+    pub(super) endpoint: String,
+    pub(super) samples_per_million: i64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -198,6 +198,11 @@ fn impossible_values_say_what_is_allowed() {
         ("[runtime.handlers.x]\npath = \"./a\"", "looked up in PATH"),
         ("[nri]\nsocket = \"/run/holdfast/holdfast.sock\"", "must not be the same as grpc.socket"),
         ("[metrics]\naddress = \"9190\"", "ADDRESS:PORT"),
+        ("[tracing]\nsamples_per_million = 1000001", "from 0 to 1000000"),
+        #[cfg(feature = "otlp")]
+        ("[tracing]\nendpoint = \"127.0.0.1:4317\"", "http://127.0.0.1:4317"),
+        #[cfg(not(feature = "otlp"))]
+        ("[tracing]\nendpoint = \"http://127.0.0.1:4317\"", "this build cannot send traces"),
         ("[log]\nlevel = \"infoo\"", "off, error, warn, info, debug or trace"),
         ("[log]\nlevel = \"info,a=loud\"", "off, error, warn, info, debug or trace"),
         ("[log]\nformat = \"xml\"", "\"text\" or \"json\""),

@@ -324,9 +324,13 @@ async fn tear_down(
         services.shims.delete_dead_pod(id).await.map_err(shim("clean up after the shim"))?;
     }
     let (bundle, own_cgroup) = (bundle.clone(), record.config.cgroup_parent.is_empty());
-    let of = id.clone();
+    let (of, record) = (id.clone(), record.clone());
     tokio::task::spawn_blocking(move || {
         unmount(&bundle.shm())?;
+        // The kubelet removes it with the pod's cgroup, if it cannot be removed now.
+        if let Err(error) = crate::cadvisor::remove_mark(&record) {
+            warn!(pod = of.short(), %error, "a cgroup is left");
+        }
         if own_cgroup {
             // Containers without a parent of the kubelet's live below a group of ours.
             let path = spec::own_cgroup(&of);

@@ -19,7 +19,7 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
 };
-use tracing::{Instrument, info, warn};
+use tracing::{Instrument, Span, info, warn};
 
 use super::{
     ContainerView, Error, Pod, PodView, Pods, Shared,
@@ -36,6 +36,7 @@ use crate::{
     id::ContainerId,
     shims::Link,
     store::pods::{ContainerRecord, PodRecord},
+    trace::TARGET,
 };
 
 /// How long operations may still take when the daemon is asked to end. What is not done by then is
@@ -83,14 +84,11 @@ pub(super) enum Command {
     Request {
         request: Request,
         reply: Reply,
+        /// What it is traced below.
+        cause: Span,
     },
     /// A container's first process ended. `taken` is answered when the record of it is written.
-    Exited {
-        id: ContainerId,
-        at: SystemTime,
-        how: Exit,
-        taken: oneshot::Sender<()>,
-    },
+    Exited { id: ContainerId, at: SystemTime, how: Exit, taken: oneshot::Sender<()> },
 }
 
 /// An operation: what a second request can join, and what others must not overlap with.
@@ -130,6 +128,21 @@ impl Op {
             | Op::Link
             | Op::Watch
             | Op::Ends(_) => false,
+        }
+    }
+
+    /// Its name in a trace; what nobody asks for is in none.
+    fn name(&self) -> Option<&'static str> {
+        match self {
+            Op::Run => Some("run pod"),
+            Op::StopPod => Some("stop pod"),
+            Op::RemovePod => Some("remove pod"),
+            Op::Create(..) => Some("create container"),
+            Op::Start(_) => Some("start container"),
+            Op::Remove(_) => Some("remove container"),
+            Op::Update(_) => Some("update container"),
+            Op::UpdatePod => Some("update pod"),
+            Op::Ends(_) | Op::Reap(_) | Op::Discard(_) | Op::Link | Op::Watch => None,
         }
     }
 
@@ -218,6 +231,8 @@ pub(super) struct Owner {
     commands: mpsc::Receiver<Command>,
     view: watch::Sender<Arc<PodView>>,
     link: watch::Sender<Link>,
+    /// By which the log knows the pod.
+    span: Span,
 }
 
 impl Owner {
@@ -255,12 +270,14 @@ impl Owner {
             commands,
             view,
             link,
+            span: Span::none(),
         };
         (pod, owner)
     }
 
     pub(super) async fn run(mut self) {
         let span = tracing::info_span!("pod", id = self.pod.id.short());
+        self.span = span.clone();
         async {
             self.serve().await;
             self.drain().await;
@@ -327,7 +344,12 @@ impl Owner {
         op: Op,
         work: impl Future<Output = Result<Effect, Error>> + Send + 'static,
     ) {
-        let handle = self.ops.spawn(work.in_current_span());
+        // The log knows it by the pod, a trace by the request.
+        let traced = match op.name() {
+            Some(name) => tracing::info_span!(target: TARGET, "pod", otel.name = name),
+            None => Span::none(),
+        };
+        let handle = self.ops.spawn(work.instrument(traced).instrument(self.span.clone()));
         self.running.insert(handle.id(), op);
     }
 
@@ -348,7 +370,10 @@ impl Owner {
 
     async fn command(&mut self, command: Command) {
         match command {
-            Command::Request { request, reply } => self.request(request, reply),
+            Command::Request { request, reply, cause } => {
+                let _below = cause.enter();
+                self.request(request, reply);
+            }
             Command::Exited { id, at, how, taken } => {
                 if self.exited(&id, at, how).await {
                     // Nobody waits if the connection to the shim went meanwhile: it tells again.
@@ -665,6 +690,7 @@ impl Owner {
             }
             Effect::Dead { exits } => {
                 warn!("the pod's shim is dead");
+                crate::metrics::counts().shims_lost.inc();
                 self.link.send_replace(Link::Down);
                 services.shims.let_go(&self.pod.id);
                 for seen in exits {
@@ -832,10 +858,12 @@ impl Owner {
             return true;
         }
         let name = container.view.record.config.name.clone();
-        let code = how.code();
+        let (code, reason) = (how.code(), how.reason());
         match self.change(id, Change::Exited { at, how }).await {
             Ok(()) => {
                 info!(container = id.short(), name, code, "container ended");
+                let exits = &crate::metrics::counts().container_exits;
+                exits.get_or_create(&[("reason", reason.into())]).inc();
                 if let Some(container) = self.containers.get(id) {
                     self.pods.announce_exit(&self.view.borrow(), &container.view);
                 }

@@ -92,7 +92,7 @@ impl Pods {
             done = updated.done;
         }
         let request = Request::Update { id: id.clone(), change: Box::new(change) };
-        let command = Command::Request { request, reply };
+        let command = Command::Request { request, reply, cause: tracing::Span::current() };
         let sent = of.commands.send(command).await;
         drop(turn);
         sent.map_err(|_| Arc::new(Error::Closed))?;
@@ -246,7 +246,10 @@ impl World {
         let (reply, answer) = oneshot::channel();
         let id = found.record.id.clone();
         let request = Request::Update { id, change: Box::new(Change::of(limits)) };
-        let sent = pod.commands.send(Command::Request { request, reply }).await;
+        let sent = pod
+            .commands
+            .send(Command::Request { request, reply, cause: tracing::Span::current() })
+            .await;
         sent.map_err(|_| "the daemon is shutting down".to_owned())?;
         Ok(answer)
     }
