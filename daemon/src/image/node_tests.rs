@@ -52,7 +52,7 @@ async fn an_image_is_looked_for_where_registries_conf_says() {
 
     node.write("registries.conf", "[[registry]]\nprefix = 'r.example/team'\nblocked = true\n");
     let kind = node.refuses("r.example/team/a/b:1", "blocked in").await;
-    assert_eq!(kind, Kind::Denied);
+    assert_eq!(kind, Kind::Precondition);
     node.write("registries.conf", "[[registry]]\nblocked = 1\n");
     assert_eq!(node.refuses("r.example/other:1", "registries.conf").await, Kind::Precondition);
 }
