@@ -9,6 +9,7 @@ pub mod floor;
 pub mod peer;
 mod pull;
 pub mod samples;
+pub mod shim;
 mod watch;
 
 use std::{
@@ -72,12 +73,21 @@ pub enum Section {
     Watch,
     /// Pull of an image.
     Pull,
+    /// The shims alone, and ours under containerd.
+    Shim,
 }
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 6] =
-        [Self::Memory, Self::Restart, Self::Lifecycle, Self::List, Self::Watch, Self::Pull];
+    pub const ALL: [Self; 7] = [
+        Self::Shim,
+        Self::Memory,
+        Self::Restart,
+        Self::Lifecycle,
+        Self::List,
+        Self::Watch,
+        Self::Pull,
+    ];
 
     /// As `--only` takes it.
     pub fn name(self) -> &'static str {
@@ -88,6 +98,7 @@ impl Section {
             Self::List => "list",
             Self::Watch => "watch",
             Self::Pull => "pull",
+            Self::Shim => "shim",
         }
     }
 }
@@ -118,6 +129,29 @@ pub async fn run(plan: &Plan, samples: &mut Samples, facts: &mut Vec<String>) ->
     let image = registry.push("bench/busybox:1", &busybox).await?;
     let pause_image = Image::busybox()?.cmd(["/bin/sleep", "2147483647"]).build()?;
     let pause = registry.push("bench/pause:1", &pause_image).await?;
+
+    if plan.sections.contains(&Section::Shim) {
+        let ours = crate::binaries::binaries()?.shim;
+        shim::measure(&ours, &runc, plan.rounds, samples).await?;
+        if let Some(binary) = if plan.peer { peer::find()? } else { None } {
+            for (column, with) in [(HOLDFAST, Some(ours.as_path())), (CONTAINERD, None)] {
+                progress(format!("{column}'s shim under containerd"));
+                let peer =
+                    Containerd::start_with(&binary, &runc, registry.host(), &pause, with).await?;
+                for reference in [&image, &pause] {
+                    let request = api::PullImageRequest {
+                        image: Some(image_spec(reference)),
+                        ..Default::default()
+                    };
+                    peer.cri().images().pull_image(request).await?;
+                }
+                shim::under_containerd(column, &peer, &image, samples).await?;
+            }
+        }
+        if plan.sections == [Section::Shim] {
+            return Ok(());
+        }
+    }
 
     let mut sides = Vec::new();
     // The harness asks for debug lines; what is shipped logs at "info".

@@ -85,8 +85,11 @@ pub enum Error {
 impl Kinded for Error {
     fn kind(&self) -> Kind {
         match self {
-            Error::Read { .. } | Error::Parse { .. } | Error::Value { .. } => Kind::Precondition,
-            Error::Refused { .. } => Kind::Denied,
+            // Not `Denied`: other credentials would not help.
+            Error::Read { .. }
+            | Error::Parse { .. }
+            | Error::Value { .. }
+            | Error::Refused { .. } => Kind::Precondition,
             Error::Signatures { source, .. } => source.kind(),
         }
     }

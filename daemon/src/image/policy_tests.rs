@@ -98,7 +98,7 @@ async fn only_signed_images_are_used_and_nothing_is_unpacked_before() {
     let blob = digest(&image.layers[0]).hex();
     let refused = async |part: &str| {
         let kind = node.refuses(&name, part).await;
-        assert_eq!(kind, Kind::Denied);
+        assert_eq!(kind, Kind::Precondition);
         assert!(!registry.log().iter().any(|line| line.contains(&blob)), "a layer was asked for");
     };
     refused("it has no signature").await;
@@ -132,7 +132,7 @@ async fn only_signed_images_are_used_and_nothing_is_unpacked_before() {
     // Other images: nothing is asked for.
     node.write("policy.json", &json!({"default": [{"type": "reject"}]}).to_string());
     registry.forget_log();
-    assert_eq!(node.refuses(&registry.reference("c:1"), "rejects it").await, Kind::Denied);
+    assert_eq!(node.refuses(&registry.reference("c:1"), "rejects it").await, Kind::Precondition);
     assert!(registry.log().is_empty(), "{:?}", registry.log());
 }
 

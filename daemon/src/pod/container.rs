@@ -289,6 +289,7 @@ fn prepare(
     };
     let mut spec = spec::generate(&input).map_err(spec_error)?;
     extras::amend(services, pod, &record.config, &facts, &mut spec)?;
+    foreign::apart(pod, &mut spec);
     Ok(Prepared { user, spec, mounted, made_dirs })
 }
 
