@@ -133,26 +133,48 @@ async fn undo(
 ) -> Result<(), Error> {
     let id = &record.id;
     let of = pod.view().record.clone();
-    // When the shim has no such container, the OCI runtime could not be made to forget it.
-    let unknown = async || match &client {
-        Some(client) => {
-            let state = client.state(id.as_str(), "").await;
-            state.is_err_and(|e| matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed))
-        }
-        None => true,
+    let undone = async {
+        forget(services, &of, client.as_ref(), id).await?;
+        let shim = client.map(|client| (pod, client));
+        take_away(services, shim.as_ref(), record).await
     };
-    if services.shims.container_bundle(id).options().exists() && unknown().await {
-        let deleted = services.shims.delete_dead(id, &of.runtime).await;
-        deleted.map_err(|source| Error::Task { what: "delete", id: id.clone(), source })?;
-    }
-    let shim = client.map(|client| (pod, client));
-    let undone = take_away(services, shim.as_ref(), record).await;
+    let undone = undone.await;
     crash::point("daemon.create.undone");
     remove_cgroup(services, &of, id).await;
     undone?;
     services.store.delete_container(id).await?;
     crash::point("daemon.create.undone-and-forgotten");
     Ok(())
+}
+
+/// Makes the OCI runtime forget a container that the shim does not know, but was about to make: it
+/// could not undo it itself, or died while it did.
+async fn forget(
+    services: &Services,
+    pod: &PodRecord,
+    client: Option<&Client>,
+    id: &ContainerId,
+) -> Result<(), Error> {
+    // How the runtime was called; a shim removes it when nothing is left to be deleted.
+    if !services.shims.container_bundle(id).options().exists() {
+        return Ok(());
+    }
+    if let Some(client) = client {
+        // It waits there for a creation that is under way; only then does the state tell.
+        match client.kill(id.as_str(), "", libc::SIGKILL as u32, true).await {
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Closed) => {}
+            _ => return Ok(()),
+        }
+        let state = client.state(id.as_str(), "").await;
+        if !state.is_err_and(|e| matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed)) {
+            return Ok(());
+        }
+    }
+    if !services.shims.container_bundle(id).options().exists() {
+        return Ok(());
+    }
+    let deleted = services.shims.delete_dead(id, &pod.runtime).await;
+    deleted.map_err(|source| Error::Task { what: "delete", id: id.clone(), source }).map(drop)
 }
 
 async fn make(
@@ -714,9 +736,13 @@ async fn discard_once(
             })?;
         }
     }
+    let of = pod.view().record.clone();
+    if client.is_some() {
+        forget(services, &of, client.as_ref(), &record.id).await?;
+    }
     let shim = client.map(|client| (pod, client));
     take_away(services, shim.as_ref(), record).await?;
-    remove_cgroup(services, &pod.view().record, &record.id).await;
+    remove_cgroup(services, &of, &record.id).await;
     Ok(())
 }
 

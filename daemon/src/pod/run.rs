@@ -353,8 +353,8 @@ async fn tear_down(
             Ok(_) | Err(_) => {}
         }
         crash::point("daemon.stop-pod.shim-ended");
-        // Killed in the middle of it, so it has left things behind.
-        dead = died && bundle.shim_state().exists();
+        // Killed in the middle of it, or dying when it was reached, so it has left things behind.
+        dead = died;
     }
     if dead && bundle.dir().exists() {
         services.shims.delete_dead_pod(id).await.map_err(shim("clean up after the shim"))?;
