@@ -446,9 +446,14 @@ async fn a_thousand_containers_are_streamed_to_a_client_that_reads_slowly() -> R
     signal(nix::sys::signal::Signal::SIGCONT);
     watched?;
     eventually(Duration::from_secs(60), "the shims' word on those that never were", async || {
-        let containers = node.containers().await?;
-        let running = |c: &&cri::Container| c.state() == cri::ContainerState::ContainerRunning;
-        let running = containers.iter().filter(running).count();
+        // Not a list: all of them are more than a message may have.
+        let request = cri::StreamContainersRequest::default();
+        let mut stream = node.cri().runtime().stream_containers(request).await?.into_inner();
+        let mut running = 0;
+        while let Some(message) = stream.next().await {
+            let states = message?.containers.into_iter().map(|container| container.state());
+            running += states.filter(|s| *s == cri::ContainerState::ContainerRunning).count();
+        }
         Ok(Look::when(running == PODS, || format!("{running} run")))
     })
     .await?;
