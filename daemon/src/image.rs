@@ -17,6 +17,7 @@
 
 pub mod archive;
 mod connect;
+pub mod diff;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
@@ -542,6 +543,11 @@ impl Images {
                 .spawn(async move { shared.snapshots.hold(&id, mount, &image, layers).await }),
         )
         .await?
+    }
+
+    /// An image's files, to be looked at now: its layers stay for as long as what is returned.
+    pub fn view(&self, image: &Image) -> ImageVolume {
+        self.shared.snapshots.view(image.layers.clone())
     }
 
     /// Removes the root file system of a container, which must be unmounted, and lets go of its

@@ -2,6 +2,7 @@
 
 pub mod apparmor;
 pub mod cdi;
+pub mod checkpoint;
 pub mod classes;
 pub mod config;
 pub mod cri;

@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::{
     binaries::{Binaries, binaries},
     cri::Cri,
-    fake::{GatedCni, GatedRuntime},
+    fake::{FakeCriu, GatedCni, GatedRuntime},
     ground::{Ground, Process},
     hugetlb::Hugetlb,
     image::Image,
@@ -50,6 +50,7 @@ pub struct Builder {
     default_runtime: String,
     gated_runtime: bool,
     gated_cni: bool,
+    fake_criu: bool,
     log_level: String,
     config: String,
     runtime_config: String,
@@ -65,6 +66,7 @@ impl Default for Builder {
             default_runtime: "runc".into(),
             gated_runtime: false,
             gated_cni: false,
+            fake_criu: false,
             log_level: "info,holdfast_daemon=debug,holdfast_shim=debug".into(),
             config: String::new(),
             runtime_config: String::new(),
@@ -94,6 +96,12 @@ impl Builder {
     /// Puts a script before the bridge plugin that can be told to hang or fail.
     pub fn gated_cni(mut self) -> Self {
         self.gated_cni = true;
+        self
+    }
+    /// Checkpoints are made by a script: see [`crate::fake`].
+    pub fn fake_criu(mut self) -> Self {
+        self.gated_runtime = true;
+        self.fake_criu = true;
         self
     }
     /// What the daemon logs, instead of almost everything.
@@ -135,13 +143,17 @@ impl Builder {
     ///
     /// # Errors
     /// A binary is missing; the daemon ends or does not answer: the error has the end of its log.
-    pub async fn start(self) -> Result<Node> {
+    pub async fn start(mut self) -> Result<Node> {
         let binaries = binaries()?;
         let ground = Ground::new()?;
         let hugetlb = Hugetlb::hold(self.default_runtime == "crun")?;
         let gated_cni = if self.gated_cni { Some(GatedCni::install(ground.path())?) } else { None };
         let gated_runtime =
             if self.gated_runtime { Some(GatedRuntime::install(ground.path())?) } else { None };
+        let fake_criu = if self.fake_criu { Some(FakeCriu::install(ground.path())?) } else { None };
+        if let Some(criu) = &fake_criu {
+            self.env.push(("PATH".into(), criu.path()));
+        }
         write_network(&ground, self.cni)?;
         let config = write_config(&self, &ground, &binaries, gated_runtime.as_ref())?;
         let cri = Cri::new(ground.path().join("cri.sock"));
@@ -155,6 +167,7 @@ impl Builder {
             binaries,
             gated_runtime,
             gated_cni,
+            fake_criu,
             ground,
             finished: false,
             _hugetlb: hugetlb,
@@ -178,6 +191,7 @@ pub struct Node {
     binaries: Binaries,
     gated_runtime: Option<GatedRuntime>,
     gated_cni: Option<GatedCni>,
+    fake_criu: Option<FakeCriu>,
     ground: Ground,
     finished: bool,
     _hugetlb: Hugetlb,
@@ -225,6 +239,14 @@ impl Node {
     /// The script before runc.
     pub fn gated_runtime(&self) -> &GatedRuntime {
         self.gated_runtime.as_ref().expect("the node was built with gated_runtime()")
+    }
+
+    /// The `criu` of a node that was built with [`Builder::fake_criu`].
+    ///
+    /// # Panics
+    /// It was not.
+    pub fn criu(&self) -> &FakeCriu {
+        self.fake_criu.as_ref().expect("the node is built with fake_criu()")
     }
 
     /// The script before the bridge plugin.

@@ -25,7 +25,7 @@ use tokio::sync::{Notify, watch};
 use crate::{
     bundle::{Bundle, Exit, ExitRecord, replace},
     cgroup::Cgroup,
-    mounts, namespaces,
+    criu, mounts, namespaces,
     options::PodOptions,
     process::{Owned, Reaper, lock, report},
     publish::Events,
@@ -198,6 +198,9 @@ pub(crate) struct Container {
     /// Its PID namespace has other processes too, so the kernel does not end them all with init.
     shares_pids: bool,
     pub(crate) paused: AtomicBool,
+    /// Held while it is paused, resumed or checkpointed: a resume that comes while the other two are
+    /// at work must be the last word.
+    turn: tokio::sync::Mutex<()>,
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
@@ -518,6 +521,7 @@ impl Pod {
             oom_kills_before: OnceLock::new(),
             shares_pids: !own_pids,
             paused: AtomicBool::new(false),
+            turn: tokio::sync::Mutex::new(()),
             deleting: tokio::sync::Mutex::new(()),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
@@ -714,9 +718,15 @@ impl Pod {
         let mut io = lock(&container.init.io)
             .take()
             .ok_or_else(|| Error::Precondition("the restore failed before".into()))?;
+        let runtime = &container.runtime;
+        if let Err(error) = criu::before_restore(&container.bundle, &images, &runtime.name()) {
+            io.close();
+            return Err(io_error("prepare the restore")(error));
+        }
         let console = io.console();
         let given = io.take_given();
         let pid_file = container.bundle.init_pid();
+        let _ = fs::remove_file(&pid_file);
         let launch = self.reaper.launch();
         let restored = container
             .runtime
@@ -734,6 +744,11 @@ impl Pod {
             .await;
         if let Err(error) = restored {
             io.close();
+            if error.reason() != Reason::AlreadyExists
+                && !matches!(error, runtime::Error::Spawn { .. })
+            {
+                self.delete_by_force(container).await;
+            }
             return Err(error.into());
         }
         let adopted = self.adopt(container, &mut io, &pid_file).await;
@@ -746,6 +761,13 @@ impl Pod {
                 return Err(error);
             }
         };
+        // It was paused when its checkpoint was made, and criu restores that too.
+        if let Some(cgroup) = container.cgroup()
+            && cgroup.is_frozen()
+            && let Err(error) = cgroup.freeze(false)
+        {
+            report!("container {}: thaw it after its restore: {error}", container.id);
+        }
         let pid = owned.pid();
         *lock(&container.init.io) = Some(io);
         self.watch_init(container.clone(), owned);
@@ -1058,6 +1080,7 @@ impl Pod {
 
     pub(crate) async fn pause(&self, id: &str) -> Called<()> {
         let container = self.container(id)?;
+        let _turn = container.turn.lock().await;
         container.running("pause")?;
         container.runtime.pause(&self.reaper, id).await?;
         container.paused.store(true, Ordering::Relaxed);
@@ -1069,6 +1092,7 @@ impl Pod {
 
     pub(crate) async fn resume(&self, id: &str) -> Called<()> {
         let container = self.container(id)?;
+        let _turn = container.turn.lock().await;
         container.running("resume")?;
         container.runtime.resume(&self.reaper, id).await?;
         container.paused.store(false, Ordering::Relaxed);
@@ -1085,13 +1109,35 @@ impl Pod {
         Ok(container.runtime.update(&self.reaper, id, resources).await?)
     }
 
-    pub(crate) async fn checkpoint(&self, id: &str, mut how: Checkpoint) -> Called<()> {
+    /// Writes the images of a container's processes. `within`: what the caller gives it; else the
+    /// deadline of any call.
+    pub(crate) async fn checkpoint(
+        &self,
+        id: &str,
+        mut how: Checkpoint,
+        within: Option<Duration>,
+    ) -> Called<()> {
         let container = self.container(id)?;
+        let _turn = container.turn.lock().await;
         container.running("checkpoint")?;
+        let runtime = &container.runtime;
         if how.work.as_os_str().is_empty() {
-            how.work.clone_from(&container.runtime.criu_work);
+            how.work.clone_from(&runtime.criu_work);
         }
-        container.runtime.checkpoint(&self.reaper, id, &how).await?;
+        criu::before_checkpoint(&container.bundle, &how.images, &runtime.name())
+            .map_err(io_error("prepare the checkpoint"))?;
+        let within = within.unwrap_or_else(|| runtime.deadline());
+        if let Err(error) = runtime.checkpoint(&self.reaper, id, &how, within).await {
+            // A criu that was killed leaves frozen what it froze.
+            if !container.paused.load(Ordering::Relaxed)
+                && let Some(cgroup) = container.cgroup()
+                && cgroup.is_frozen()
+                && let Err(error) = cgroup.freeze(false)
+            {
+                report!("container {id}: thaw it after a failed checkpoint: {error}");
+            }
+            return Err(error.into());
+        }
         let mut told = event::TaskCheckpointed::new();
         told.container_id = id.to_owned();
         told.checkpoint = how.images.display().to_string();

@@ -162,7 +162,7 @@ pub(crate) struct Checkpoint {
 type Called<T> = Result<T, Error>;
 
 impl Runtime {
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         self.binary.file_name().unwrap_or(self.binary.as_os_str()).to_string_lossy().into_owned()
     }
 
@@ -326,11 +326,14 @@ impl Runtime {
         })
     }
 
+    /// Writes the images of a container's processes: all of its memory, so it has a deadline of its
+    /// own.
     pub(crate) async fn checkpoint(
         &self,
         reaper: &Arc<Reaper>,
         id: &str,
         how: &Checkpoint,
+        deadline: Duration,
     ) -> Called<()> {
         let mut call = self.call("checkpoint");
         call.arg("--image-path").arg(&how.images);
@@ -351,11 +354,13 @@ impl Runtime {
         for namespace in &how.empty_namespaces {
             call.arg("--empty-ns").arg(namespace);
         }
+        call.deadline = deadline;
         call.arg(id).run(reaper).await.map(drop)
     }
 
     fn call(&self, verb: &'static str) -> Call<'_> {
-        Call { runtime: self, verb, arguments: Vec::new(), streams: None, globals: true }
+        let deadline = self.deadline();
+        Call { runtime: self, verb, arguments: Vec::new(), streams: None, globals: true, deadline }
     }
 }
 
@@ -368,6 +373,7 @@ struct Call<'a> {
     streams: Option<Streams>,
     /// Whether the global flags are put before the verb.
     globals: bool,
+    deadline: Duration,
 }
 
 impl Call<'_> {
@@ -421,7 +427,7 @@ impl Call<'_> {
         // What belongs to the container must not stay open here.
         drop(command);
 
-        let deadline = runtime.deadline();
+        let deadline = self.deadline;
         let exit = match tokio::time::timeout(deadline, child.wait()).await {
             Ok(exit) => exit.map_err(io)?,
             Err(_) => {

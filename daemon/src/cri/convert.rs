@@ -334,6 +334,11 @@ pub(super) fn container_config(config: cri::ContainerConfig) -> Result<Container
     Ok(ContainerConfig {
         name: name("config.metadata.name", metadata.name)?,
         attempt: metadata.attempt,
+        // No reference of an image begins so: it is the archive of a checkpoint.
+        checkpoint: match image.image.starts_with('/') {
+            true => image.image.clone().into(),
+            false => PathBuf::new(),
+        },
         image: image.image,
         user_specified_image: image.user_specified_image,
         image_annotations: image.annotations.into_iter().collect(),
@@ -583,7 +588,11 @@ fn container_metadata(config: &ContainerConfig) -> cri::ContainerMetadata {
 
 fn image_spec(record: &ContainerRecord) -> cri::ImageSpec {
     cri::ImageSpec {
-        image: record.config.image.clone(),
+        image: match record.config.image.starts_with('/') {
+            // Made from the archive of a checkpoint: its image is the one below that.
+            true => record.image_ref.clone(),
+            false => record.config.image.clone(),
+        },
         annotations: record.config.image_annotations.clone().into_iter().collect(),
         user_specified_image: record.config.user_specified_image.clone(),
         ..Default::default()

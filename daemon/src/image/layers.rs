@@ -349,7 +349,12 @@ async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, layers: PathBuf, store: 
 // ---- fitting a layer to those below -------------------------------------------------------------
 
 /// Gives the implied directories of the layer at `layer` what the layers below say of them.
-fn fit(layer: &Path, implied: &[PathBuf], below: &[Arc<Layer>], scratch: &Path) -> io::Result<()> {
+pub(super) fn fit(
+    layer: &Path,
+    implied: &[PathBuf],
+    below: &[Arc<Layer>],
+    scratch: &Path,
+) -> io::Result<()> {
     let names = lowers(below);
     let lower = match names.as_slice() {
         [] => return Ok(()),

@@ -20,8 +20,9 @@ use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
     extras, io_at, readback, recover,
+    restore::{self, Restore},
     run::{remove_dir, unmount},
-    state::{Change, ContainerState},
+    state::{Change, ContainerState, Exit},
     task::Effect,
     volumes,
 };
@@ -52,9 +53,15 @@ pub(super) async fn create(
     mut config: ContainerConfig,
 ) -> Result<Effect, Error> {
     let view = pod.view();
-    let image = services.images.find(&config.image);
-    let image = image.ok_or_else(|| Error::NoImage(config.image.clone()))?;
     let volumes = volumes::find(&services, &mut config)?;
+    let restore = restore::prepare(&services, &view, &id, &config).await?;
+    let image = match &restore {
+        Some(restore) => restore.base.clone(),
+        None => {
+            let image = services.images.find(&config.image);
+            image.ok_or_else(|| Error::NoImage(config.image.clone()))?
+        }
+    };
     let stop_signal = spec::args::stop_signal(&config, &image.defaults);
     let log = match config.log_path.as_os_str().is_empty() {
         true => PathBuf::new(),
@@ -75,7 +82,7 @@ pub(super) async fn create(
     };
     services.store.put_container(&record).await?;
     let client = pod.client().await?;
-    let made = make(&services, &view, &client, &mut record, &image, &volumes).await;
+    let made = make(&services, &view, &client, &mut record, &image, &volumes, restore).await;
     // The pod may have been stopped while the runtime was at work.
     let made = match made {
         Ok(_) if pod.view().record.state != super::state::PodState::Ready => {
@@ -114,7 +121,8 @@ async fn make(
     record: &mut ContainerRecord,
     image: &Image,
     volumes: &[volumes::Asked],
-) -> Result<u32, Error> {
+    restore: Option<Restore>,
+) -> Result<Option<u32>, Error> {
     let name = record.config.name.clone();
     let command = spec::args::arguments(&record.config, &record.image).unwrap_or_default();
     let command = command.into_iter().next().unwrap_or_default();
@@ -128,9 +136,10 @@ async fn make(
     let (shared, view, draft) = (services.clone(), view.record.clone(), record.clone());
     let image = image.clone();
     let at = bundle.clone();
+    let checkpoint = restore.as_ref().map(|restore| (restore.images(), restore.work()));
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
     let user = tokio::task::spawn_blocking(move || {
-        prepare(&shared, &view, draft, &image, &snapshot, &held, &namespaces, &at)
+        prepare(&shared, &view, draft, &image, &snapshot, &held, &namespaces, &at, restore)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
@@ -154,11 +163,20 @@ async fn make(
         stdout: log.clone(),
         stderr: if config.tty { String::new() } else { log },
         rootfs: Vec::new(),
-        options: Some(services.shims.runtime_options(&runtime)),
-        checkpoint: String::new(),
+        options: Some(match &checkpoint {
+            Some((_, work)) => services.shims.restore_options(&runtime, work),
+            None => services.shims.runtime_options(&runtime),
+        }),
+        checkpoint: match &checkpoint {
+            Some((images, _)) => images.display().to_string(),
+            None => String::new(),
+        },
     };
     // The runtimes look for the command here already; not all of them name it.
-    client.create(task).await.map_err(|source| Error::Create { name, command, source })
+    let pid = client.create(task).await;
+    let pid = pid.map_err(|source| Error::Create { name, command, source })?;
+    // One that will be restored has no process before that.
+    Ok((pid != 0).then_some(pid))
 }
 
 #[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
@@ -172,6 +190,7 @@ fn prepare(
     held: &[volumes::Held],
     namespaces: &NamespacePaths,
     bundle: &Bundle,
+    restore: Option<Restore>,
 ) -> Result<User, Error> {
     let name = &record.config.name;
     let image_error = |source| Error::Image { name: name.clone(), source };
@@ -189,7 +208,13 @@ fn prepare(
         _ => None,
     };
     let owners = owners.as_ref();
+    if let Some(restore) = &restore {
+        restore.fill(&record.id, snapshot)?;
+    }
     let mounted = snapshot.mount_for(false, owners).map_err(image_error)?;
+    if let Some(restore) = &restore {
+        restore.prune(&mounted)?;
+    }
     let account = |path: &str| {
         let read = mounted.read(path, ACCOUNTS_LIMIT);
         read.map(Option::unwrap_or_default).map_err(io_at("read the image's", Path::new(path)))
@@ -253,6 +278,15 @@ fn prepare(
     };
     let mut spec = spec::generate(&input).map_err(spec_error)?;
     extras::amend(services, pod, &record.config, &facts, &mut spec)?;
+    // Ours, whatever the request says: criu would do what the file says, as root of the node.
+    let criu_config = (options::CRIU_CONFIG.to_owned(), bundle.criu_config().display().to_string());
+    spec.annotations_mut().get_or_insert_default().extend([criu_config]);
+    if let Some(restore) = &restore {
+        restore.fits(name, &spec)?;
+        if let Some(shm) = &files.shm {
+            restore.fill_shm(shm)?;
+        }
+    }
 
     let rootfs = bundle.rootfs();
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
@@ -319,21 +353,34 @@ fn namespaces(
 }
 
 /// Starts a created container.
-pub(super) async fn start(pod: Pod, id: ContainerId) -> Result<Effect, Error> {
+pub(super) async fn start(
+    services: Arc<Services>,
+    pod: Pod,
+    id: ContainerId,
+) -> Result<Effect, Error> {
     let client = pod.client().await?;
+    let restored = pod.container(&id)?.record.state.pid().is_none();
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
-    match client.start(id.as_str(), "").await {
-        Ok(_) => {}
-        // A daemon that was killed had it started, and could not say so.
-        Err(error) if error.kind() == ErrorKind::Precondition && runs(&client, &id).await => {}
-        Err(source) => return Err(Error::Task { what: "start", id, source }),
+    let pid = match client.start(id.as_str(), "").await {
+        Ok(pid) => pid,
+        Err(source) => match runs(&client, &id).await {
+            // A daemon that was killed had it started, and could not say so.
+            Some(pid) if source.kind() == ErrorKind::Precondition => pid,
+            _ if restored => return Err(restore::failed(&services, id, source)),
+            _ => return Err(Error::Task { what: "start", id, source }),
+        },
+    };
+    if restored && let Err(error) = restore::forget(&services, &id).await {
+        warn!(container = id.short(), error = %chain(&error), "its checkpoint is left on disk");
     }
-    Ok(Effect::Started { id, at })
+    Ok(Effect::Started { id, at, pid })
 }
 
-async fn runs(client: &Client, id: &ContainerId) -> bool {
-    client.state(id.as_str(), "").await.is_ok_and(|state| state.status == TaskStatus::Running)
+/// Its pid, if it runs.
+async fn runs(client: &Client, id: &ContainerId) -> Option<u32> {
+    let state = client.state(id.as_str(), "").await.ok()?;
+    (state.status == TaskStatus::Running).then_some(state.pid)
 }
 
 /// The exit code of a container whose start was refused: as a shell has it for what the runtime
@@ -369,6 +416,15 @@ pub(super) async fn stop(
             return if ended { Ok(()) } else { Err(error) };
         }
     };
+    if matches!(container.record.state, ContainerState::Created { pid: None }) {
+        // It was to be restored: there is no process whose end anybody would tell.
+        let how = Exit::NotStarted { code: 128, message: "stopped before it was restored".into() };
+        let (taken, answer) = tokio::sync::oneshot::channel();
+        let command =
+            super::task::Command::Exited { id, at: SystemTime::now(), how, taken };
+        pod.commands.send(command).await.map_err(|_| Error::Closed)?;
+        return answer.await.map_err(|_| Error::Closed);
+    }
     let runs = matches!(container.record.state, ContainerState::Running { .. });
     if runs && !grace.is_zero() {
         // Asked once: to some programs a second SIGTERM means "at once".
@@ -494,6 +550,7 @@ pub(super) async fn take_away(
     let image = services.images.remove_snapshot(id).await;
     image.map_err(|source| Error::Image { name: record.config.name.clone(), source })?;
     volumes::remove(services, id).await?;
+    restore::forget(services, id).await?;
     remove_dir(services.shims.container_bundle(id).dir()).await
 }
 

@@ -22,7 +22,7 @@ use tokio::{
 use tracing::{Instrument, info, warn};
 
 use super::{
-    ContainerView, Error, Pod, PodView, Pods, Shared,
+    ContainerView, Error, Pod, PodView, Pods, Shared, checkpoint,
     config::{ContainerConfig, Resources},
     container, recover, run,
     state::{Change, Exit, PodState},
@@ -56,6 +56,10 @@ pub(super) enum Request {
     Update {
         id: ContainerId,
         resources: Box<Resources>,
+    },
+    Checkpoint {
+        what: checkpoint::What,
+        limit: Duration,
     },
     /// New overhead and new sum of the containers' resources; `None`: as it was.
     UpdatePod {
@@ -98,6 +102,9 @@ enum Op {
     Remove(ContainerId),
     Update(ContainerId),
     UpdatePod,
+    Checkpoint(checkpoint::What),
+    /// Resumes what a checkpoint of an earlier daemon had paused.
+    Mend,
     /// Frees what the runtime holds of an ended container.
     Reap(ContainerId),
     /// Takes away a container, or the pod, that a crash left half made.
@@ -114,11 +121,13 @@ impl Op {
         match self {
             Op::Start(of) | Op::Remove(of) | Op::Update(of) | Op::Reap(of) => of == id,
             Op::Discard(of) => of.as_ref() == Some(id),
+            Op::Checkpoint(what) => what.containers.contains(id),
             Op::Run
             | Op::StopPod
             | Op::RemovePod
             | Op::UpdatePod
             | Op::Create(..)
+            | Op::Mend
             | Op::Link
             | Op::Watch => false,
         }
@@ -135,9 +144,10 @@ impl Op {
             | Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
+            | Op::Checkpoint(_)
             | Op::Reap(_)
             | Op::Discard(_) => true,
-            Op::Link | Op::Watch => false,
+            Op::Mend | Op::Link | Op::Watch => false,
         }
     }
 }
@@ -148,12 +158,15 @@ pub(super) enum Effect {
     Stopped,
     Gone,
     Created(Box<ContainerRecord>),
-    Started { id: ContainerId, at: SystemTime },
+    Started { id: ContainerId, at: SystemTime, pid: u32 },
     Removed(ContainerId),
     Updated { id: ContainerId, resources: Box<Resources> },
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
+    /// Nothing of the pod.
+    Done,
+    Mended,
     Reaped,
-    Linked { client: Client, started: Vec<ContainerId>, exits: Vec<recover::Seen> },
+    Linked { client: Client, started: Vec<(ContainerId, u32)>, exits: Vec<recover::Seen> },
     Dead { exits: Vec<recover::Seen> },
     Closed,
 }
@@ -353,6 +366,12 @@ impl Owner {
             Request::Start { id } | Request::Update { id, .. } => running.any(|op| {
                 op.touches(id) && !matches!(op, Op::Start(_)) || matches!(op, Op::RemovePod)
             }),
+            // What is paused by one is not captured by another.
+            Request::Checkpoint { what, .. } => running.any(|op| {
+                let same = matches!(op, Op::Checkpoint(other) if other == what);
+                !same && what.containers.iter().any(|id| op.touches(id))
+                    || matches!(op, Op::Mend | Op::StopPod | Op::RemovePod)
+            }),
             Request::Remove { id } => running.any(|op| {
                 op.touches(id) && !matches!(op, Op::Remove(_)) || matches!(op, Op::RemovePod)
             }),
@@ -426,7 +445,8 @@ impl Owner {
                 match &view.record.state {
                     S::Running { .. } => drop(reply.send(Ok(Answer::Done))),
                     S::Created { .. } if self.record.state == PodState::Ready && !self.stopping => {
-                        self.join(Op::Start(id.clone()), reply, container::start(pod, id));
+                        let work = container::start(services, pod, id.clone());
+                        self.join(Op::Start(id), reply, work);
                     }
                     S::Created { .. } => return Err((Error::PodNotReady(pod.id), reply)),
                     state @ (S::Creating | S::Exited { .. }) => {
@@ -448,6 +468,11 @@ impl Owner {
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
                 self.join(op, reply, container::update(services, pod, record, resources));
+            }
+            Request::Checkpoint { what, limit } => {
+                let stop = self.pods.stop.clone();
+                let work = checkpoint::write(services, pod, what.clone(), limit, stop);
+                self.join(Op::Checkpoint(what), reply, work);
             }
             // Nothing outside is to be done; it goes the way of all changes.
             Request::UpdatePod { change } => {
@@ -576,8 +601,8 @@ impl Owner {
                 }
                 return Ok(Answer::Container(id));
             }
-            Effect::Started { id, at } => {
-                self.change(&id, Change::Started { at }).await?;
+            Effect::Started { id, at, pid } => {
+                self.change(&id, Change::Started { at, pid }).await?;
             }
             Effect::Removed(id) => {
                 services.store.delete_container(&id).await?;
@@ -604,11 +629,15 @@ impl Owner {
                 self.save_pod(record).await?;
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
-            Effect::Reaped => {}
+            Effect::Done | Effect::Mended | Effect::Reaped => {}
             Effect::Linked { client, started, exits } => {
                 self.connected(client);
-                for id in started {
-                    self.change(&id, Change::Started { at: SystemTime::now() }).await?;
+                for (id, pid) in started {
+                    self.change(&id, Change::Started { at: SystemTime::now(), pid }).await?;
+                }
+                let ours = |broken: &checkpoint::BrokenOff| broken.pod() == Some(&self.pod.id);
+                for broken in self.pods.take_broken_off(ours) {
+                    self.spawn(Op::Mend, checkpoint::mend(self.pod.clone(), broken));
                 }
                 for seen in exits {
                     self.exited(&seen.id, seen.at, seen.how).await;
@@ -670,6 +699,8 @@ impl Owner {
             | Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
+            | Op::Checkpoint(_)
+            | Op::Mend
             | Op::Reap(_)
             | Op::Discard(Some(_))
             | Op::Link
