@@ -6,7 +6,9 @@ use prost::Message as _;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
-    for (feature, file) in [("CRI", "cri.proto"), ("ADMIN", "admin.proto")] {
+    for (feature, file) in
+        [("CRI", "cri.proto"), ("ADMIN", "admin.proto"), ("ADMIN", "images.proto")]
+    {
         println!("cargo:rerun-if-changed=proto/{file}");
         if env::var_os(format!("CARGO_FEATURE_{feature}")).is_none() {
             continue;

@@ -20,6 +20,7 @@ mod list;
 mod log;
 mod logs;
 mod progress;
+mod registries;
 mod remove;
 mod run;
 mod session;
@@ -37,7 +38,7 @@ use std::{
 use anyhow::Result;
 use clap::{CommandFactory as _, Parser as _};
 
-use self::args::{Args, Command, ImageCommand};
+use self::args::{Args, Command, ConfigCommand, ImageCommand};
 pub(crate) use self::client::{Client, Hint};
 
 /// Exit code of `run`, `exec` and `attach` when the command itself did not run.
@@ -115,6 +116,9 @@ async fn dispatch(args: Args) -> Result<u8> {
                 Command::Rm(a) => remove::remove(client, a).await,
                 Command::Inspect(a) => inspect::inspect(client, a).await,
                 Command::Stats(a) => stats::stats(client, a).await,
+                Command::Config(ConfigCommand::Registries(a)) => {
+                    registries::registries(client, a).await
+                }
                 Command::Info(a) => info::info(client, a).await,
                 Command::Completion { .. } | Command::Version(_) => unreachable!("handled above"),
             }

@@ -97,12 +97,18 @@ pub struct Images {
     pub hosts_dir: PathBuf,
     /// A containers-registries.conf(5) file.
     pub registries_conf: Option<PathBuf>,
+    /// The node's own credentials, a docker config.json, which need not exist.
+    pub auth_file: Option<PathBuf>,
+    /// A containers-policy.json(5) file.
+    pub policy: Option<PathBuf>,
     /// Registries ("host" or "host:port") that may be reached over plain HTTP. Loopback always may.
     pub insecure_registries: Vec<String>,
     /// Layers of one image that are downloaded and unpacked at a time.
     pub max_parallel_layers: usize,
     /// A pull that receives nothing for so long is given up.
     pub stall_timeout: Duration,
+    /// A pull that takes longer is given up.
+    pub pull_timeout: Duration,
     /// Bound on what one layer may unpack to, in bytes.
     pub max_layer_size: u64,
 }
@@ -328,6 +334,8 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
         images: Images {
             hosts_dir: key("images.hosts_dir").path(&raw.images.hosts_dir)?,
             registries_conf: key("images.registries_conf").optional(&raw.images.registries_conf)?,
+            auth_file: key("images.auth_file").optional(&raw.images.auth_file)?,
+            policy: key("images.policy").optional(&raw.images.policy)?,
             insecure_registries: key("images.insecure_registries")
                 .registries(raw.images.insecure_registries)?,
             max_parallel_layers: key("images.max_parallel_layers").number(
@@ -336,6 +344,7 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
                 64,
             )?,
             stall_timeout: key("images.stall_timeout").duration(&raw.images.stall_timeout)?,
+            pull_timeout: key("images.pull_timeout").duration(&raw.images.pull_timeout)?,
             max_layer_size: key("images.max_layer_size").size(&raw.images.max_layer_size)?,
         },
         runtime: Runtime {
@@ -662,9 +671,12 @@ fn raw_of(config: &Config) -> RawConfig {
         images: RawImages {
             hosts_dir: text(&config.images.hosts_dir),
             registries_conf: config.images.registries_conf.as_deref().map(text).unwrap_or_default(),
+            auth_file: config.images.auth_file.as_deref().map(text).unwrap_or_default(),
+            policy: config.images.policy.as_deref().map(text).unwrap_or_default(),
             insecure_registries: config.images.insecure_registries.clone(),
             max_parallel_layers: config.images.max_parallel_layers as i64,
             stall_timeout: units::format_duration(config.images.stall_timeout),
+            pull_timeout: units::format_duration(config.images.pull_timeout),
             max_layer_size: units::format_size(config.images.max_layer_size),
         },
         runtime: RawRuntime {

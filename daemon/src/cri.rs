@@ -5,6 +5,7 @@
 mod admin;
 mod checkpoint;
 mod convert;
+mod image_admin;
 mod images;
 mod stats;
 mod status;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <root>/layers/<number>      unpacked layers, in overlayfs form       (layers, unpack, tar)
+//! <root>/recipes/<number>     how to make a layer's archive again      (recipe)
 //! <root>/ingest/<number>      the same on their way                    (pull, registry, archive)
 //! <root>/snapshots/<id>       containers' writable layers              (snapshots, overlay)
 //! ```
@@ -16,6 +17,7 @@
 //! layers stay until the last root file system on them is removed.
 
 pub mod archive;
+pub mod authfile;
 mod connect;
 pub mod diff;
 pub mod hosts;
@@ -23,7 +25,9 @@ pub mod layers;
 pub mod manifest;
 pub mod overlay;
 pub mod pull;
+pub mod recipe;
 pub mod reference;
+pub mod registries;
 pub mod registry;
 pub mod snapshots;
 pub mod stream;
@@ -32,6 +36,8 @@ pub mod tls;
 pub mod tree;
 pub mod unpack;
 
+#[cfg(test)]
+mod node_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -79,6 +85,9 @@ pub enum Error {
     /// The text is no reference.
     #[error(transparent)]
     Reference(#[from] reference::Invalid),
+    /// The node's registries.conf, or what it says of a name.
+    #[error(transparent)]
+    Registries(#[from] registries::Error),
     /// The text is no platform.
     #[error("platform {0:?} is not valid: write os/architecture, as linux/amd64")]
     Platform(String),
@@ -169,6 +178,7 @@ impl Kinded for Error {
         };
         match self {
             Error::Reference(_) | Error::Platform(_) => Kind::Invalid,
+            Error::Registries(e) => e.kind(),
             Error::Pull { source, .. } => source.kind(),
             Error::Import(source) => source.kind(),
             Error::OtherSnapshot { .. } => Kind::AlreadyExists,
@@ -220,6 +230,12 @@ impl Image {
     pub fn diff_ids(&self) -> Vec<Digest> {
         self.layers.iter().map(|layer| layer.diff_id.clone()).collect()
     }
+
+    /// Handles of its layers, from the bottom, which keep them on disk. [`Layer::archive`] makes
+    /// their archives again.
+    pub fn hold_layers(&self) -> Vec<Arc<Layer>> {
+        self.layers.clone()
+    }
 }
 
 /// What the layers take.
@@ -239,6 +255,43 @@ pub struct Flight {
     pub progress: watch::Receiver<Progress>,
     /// How it ends. Dropping it ends nothing.
     pub done: BoxFuture<'static, Result<Arc<Image>, Error>>,
+    /// While one of them is kept the pull goes on, even if nobody else wants it.
+    pub hold: Hold,
+}
+
+/// A full reference, and the servers that would be asked for it.
+pub type Resolved = (Reference, Result<Vec<registry::Endpoint>, registry::Error>);
+
+/// Who wants a pull.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// One that asks again if it goes away, as a kubelet that is restarted: the pull goes on.
+    Lasting,
+    /// Somebody at a terminal: a pull that only such callers want ends with the last of them.
+    Watching,
+}
+
+/// The interest of a caller in a pull.
+pub struct Hold {
+    shared: Arc<Shared>,
+    key: (String, String),
+    flight: u64,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut flights = self.shared.flights.lock().expect("no panic while it is held");
+        // Whoever asks from now on gets a new one.
+        if let Some(running) = flights.get_mut(&self.key)
+            && running.number == self.flight
+        {
+            running.watching -= 1;
+            if running.watching == 0 && !running.lasting {
+                running.cancel.cancel();
+                flights.remove(&self.key);
+            }
+        }
+    }
 }
 
 /// A handle to all images; clones share them.
@@ -252,8 +305,14 @@ type Outcome = Result<Arc<Image>, Arc<pull::Error>>;
 /// A flight as it is kept: all may wait for it.
 #[derive(Clone)]
 struct Running {
+    number: u64,
     progress: watch::Receiver<Progress>,
     done: futures::future::Shared<BoxFuture<'static, Outcome>>,
+    cancel: CancellationToken,
+    /// It is wanted whoever goes away.
+    lasting: bool,
+    /// Holds that are kept.
+    watching: usize,
 }
 
 struct Shared {
@@ -266,8 +325,10 @@ struct Shared {
     index: ArcSwap<Index>,
     /// Held over record and index, so that both change in the same order.
     writer: tokio::sync::Mutex<()>,
-    /// By normalised reference and platform.
+    /// By normalised references and platform.
     flights: Mutex<HashMap<(String, String), Running>>,
+    /// Numbers flights.
+    next_flight: std::sync::atomic::AtomicU64,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -379,6 +440,7 @@ impl Images {
                 index: ArcSwap::from_pointee(index),
                 writer: tokio::sync::Mutex::default(),
                 flights: Mutex::default(),
+                next_flight: Default::default(),
                 tasks: TaskTracker::new(),
                 stop: CancellationToken::new(),
             }),
@@ -393,7 +455,7 @@ impl Images {
         auth: Option<Auth>,
         platform: Option<&str>,
     ) -> Result<Arc<Image>, Error> {
-        self.pull_with_progress(reference, auth, platform)?.done.await
+        self.pull_with_progress(reference, auth, platform, Caller::Lasting)?.done.await
     }
 
     /// The same, watched. Must be called in the daemon's runtime.
@@ -402,30 +464,41 @@ impl Images {
         reference: &str,
         auth: Option<Auth>,
         platform: Option<&str>,
+        caller: Caller,
     ) -> Result<Flight, Error> {
-        let reference: Reference = reference.parse()?;
+        let references = self.shared.registries.conf()?.candidates(reference)?;
         let platform = match platform {
             None | Some("") => Platform::node(),
             Some(text) => Platform::parse(text).ok_or_else(|| Error::Platform(text.to_owned()))?,
         };
-        let text = reference.to_string();
+        let names = references.iter().map(Reference::to_string).collect::<Vec<_>>();
+        let text = names.join(" or ");
         let key = (text.clone(), platform.to_string());
         let running = {
             let mut flights = self.shared.flights.lock().expect("no panic while it is held");
-            match flights.get(&key) {
-                Some(running) => running.clone(),
-                None => {
-                    let running =
-                        self.shared.clone().take_off(key.clone(), reference, auth, platform);
-                    flights.insert(key, running.clone());
-                    running
-                }
-            }
+            let running = flights.entry(key.clone()).or_insert_with(|| {
+                self.shared.clone().take_off(key.clone(), references, auth, platform)
+            });
+            running.lasting |= caller == Caller::Lasting;
+            running.watching += 1;
+            running.clone()
         };
+        let hold = Hold { shared: self.shared.clone(), key, flight: running.number };
         let done = running.done;
         let done =
             async move { done.await.map_err(|source| Error::Pull { reference: text, source }) };
-        Ok(Flight { progress: running.progress, done: done.boxed() })
+        Ok(Flight { progress: running.progress, done: done.boxed(), hold })
+    }
+
+    /// The full references that a text stands for, in order of trying, each with the servers that
+    /// would be asked for it. Asks none of them.
+    pub async fn resolve(&self, reference: &str) -> Result<Vec<Resolved>, Error> {
+        let mut resolved = Vec::new();
+        for reference in self.shared.registries.conf()?.candidates(reference)? {
+            let remote = self.shared.registries.remote(&reference, None).await;
+            resolved.push((reference, remote.map(|remote| remote.endpoints())));
+        }
+        Ok(resolved)
     }
 
     /// All images, by id. Waits for nothing.
@@ -443,10 +516,10 @@ impl Images {
         if let Ok(id) = format!("sha256:{any}").parse::<Digest>() {
             return index.images.get(&id).cloned();
         }
-        if let Ok(reference) = any.parse::<Reference>()
-            && let Some((id, _)) = index.names.get(&reference.to_string())
-        {
-            return index.images.get(id).cloned();
+        for reference in self.meanings(any) {
+            if let Some((id, _)) = index.names.get(&reference.to_string()) {
+                return index.images.get(id).cloned();
+            }
         }
         let prefix = any.strip_prefix("sha256:").unwrap_or(any);
         if prefix.len() < 6 || !prefix.bytes().all(|b| b.is_ascii_hexdigit()) {
@@ -455,6 +528,17 @@ impl Images {
         let mut matching = index.images.values().filter(|image| image.id.hex().starts_with(prefix));
         let found = matching.next()?;
         matching.next().is_none().then(|| found.clone())
+    }
+
+    /// References that a text may stand for; none if it is no reference.
+    fn meanings(&self, any: &str) -> Vec<Reference> {
+        if Reference::is_short(any)
+            && let Ok(conf) = self.shared.registries.conf()
+            && let Ok(references) = conf.candidates(any)
+        {
+            return references;
+        }
+        any.parse().into_iter().collect()
     }
 
     /// Removes an image with all its names, by any text that [`Images::find`] takes. That it is
@@ -582,25 +666,53 @@ impl Shared {
     fn take_off(
         self: Arc<Self>,
         key: (String, String),
-        reference: Reference,
+        references: Vec<Reference>,
         auth: Option<Auth>,
         platform: Platform,
     ) -> Running {
         let (progress, watched) = watch::channel(Progress::default());
         let (landed, done) = oneshot::channel();
-        let shared = self.clone();
+        let number = self.next_flight.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let cancel = CancellationToken::new();
+        let (shared, cancelled) = (self.clone(), cancel.clone());
         self.tasks.spawn(async move {
-            let landing = Landing { shared: shared.clone(), key };
+            let landing = Landing { shared: shared.clone(), key, number };
+            let unpackers = TaskTracker::new();
+            let limit = shared.config.pull_timeout;
+            let pull = async {
+                let mut errors = pull::Tried::default();
+                // More than one only for a short name: the first that has it is meant.
+                for reference in &references {
+                    let auth = auth.as_ref();
+                    let get =
+                        pull::pull(&shared, reference, auth, &platform, &progress, &unpackers);
+                    match get.await {
+                        Ok(image) => return Ok(image),
+                        Err(error) => errors.add(reference, error),
+                    }
+                }
+                Err(errors.into_error())
+            };
             let outcome = tokio::select! {
                 biased;
                 // First: a daemon that ends does not begin anything.
                 () = shared.stop.cancelled() => Err(pull::Error::Stopped(Stopped)),
-                outcome = pull::pull(&shared, &reference, auth.as_ref(), &platform, &progress) => outcome,
+                () = cancelled.cancelled() => Err(pull::Error::Cancelled),
+                outcome = tokio::time::timeout(limit, pull) => match outcome {
+                    Ok(outcome) => outcome,
+                    Err(_) => Err(pull::Error::Deadline(limit)),
+                },
             };
             match &outcome {
-                Ok(image) => tracing::info!(%reference, image = %image.id, "image pulled"),
+                Ok(image) => {
+                    tracing::info!(name = landing.key.0, image = %image.id, "image pulled")
+                }
                 // Nothing is left behind when the caller hears of it.
-                Err(_) => shared.layers.flush().await,
+                Err(_) => {
+                    unpackers.close();
+                    unpackers.wait().await;
+                    shared.layers.flush().await;
+                }
             }
             drop(landing);
             let _ = landed.send(outcome.map_err(Arc::new));
@@ -608,7 +720,8 @@ impl Shared {
         let done = async move {
             done.await.unwrap_or_else(|_| Err(Arc::new(pull::Error::Stopped(Stopped))))
         };
-        Running { progress: watched, done: done.boxed().shared() }
+        let done = done.boxed().shared();
+        Running { number, progress: watched, done, cancel, lasting: false, watching: 0 }
     }
 
     fn named(&self, name: &str) -> Option<(Arc<Image>, String)> {
@@ -696,11 +809,16 @@ impl Shared {
 struct Landing {
     shared: Arc<Shared>,
     key: (String, String),
+    number: u64,
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        self.shared.flights.lock().expect("no panic while it is held").remove(&self.key);
+        let mut flights = self.shared.flights.lock().expect("no panic while it is held");
+        // One that was cancelled may have a successor.
+        if flights.get(&self.key).is_some_and(|running| running.number == self.number) {
+            flights.remove(&self.key);
+        }
     }
 }
 
@@ -746,8 +864,10 @@ impl Found {
     fn look(dirs: &Dirs, named: &HashSet<u64>, containers: &HashSet<String>) -> io::Result<Self> {
         dirs.create()?;
         let on_disk: HashSet<u64> = layers::numbered(&dirs.layers())?.into_iter().collect();
+        let recipes = layers::numbered(&dirs.recipes())?;
         let ingest = layers::numbered(&dirs.ingest())?;
-        let next = named.iter().chain(&on_disk).chain(&ingest).max().map_or(1, |n| n + 1);
+        let all = named.iter().chain(&on_disk).chain(&recipes).chain(&ingest);
+        let next = all.max().map_or(1, |n| n + 1);
         let mut leftovers = Vec::new();
         for entry in std::fs::read_dir(dirs.ingest())? {
             leftovers.push(entry?.path());
@@ -765,6 +885,8 @@ impl Found {
             suspects.retain(|path| !is_mounted(&mounts, path));
             leftovers.append(&mut suspects);
         }
+        let unnamed = recipes.into_iter().filter(|number| !named.contains(number));
+        leftovers.extend(unnamed.map(|number| dirs.recipes().join(number.to_string())));
         let missing = named.difference(&on_disk).copied().collect();
         Ok(Self { next, leftovers, missing })
     }

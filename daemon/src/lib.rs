@@ -34,6 +34,7 @@ use std::{
 use holdfast_protos::{
     admin::admin_server::AdminServer,
     cri::{image_service_server::ImageServiceServer, runtime_service_server::RuntimeServiceServer},
+    images::images_server::ImagesServer,
 };
 use holdfast_shim::events::{Event, serve as serve_events};
 use tokio::net::UnixListener;
@@ -164,7 +165,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
             .max_decoding_message_size(MESSAGE_LIMIT)
             .max_encoding_message_size(MESSAGE_LIMIT),
     )
-    .add_service(AdminServer::new(service).max_decoding_message_size(MESSAGE_LIMIT));
+    .add_service(AdminServer::new(service.clone()).max_decoding_message_size(MESSAGE_LIMIT))
+    .add_service(ImagesServer::new(service).max_decoding_message_size(MESSAGE_LIMIT));
     let stop = CancellationToken::new();
     let mut server = tokio::spawn(serve::serve(listener, routes, stop.clone()));
     info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");

@@ -2,6 +2,7 @@
 //!
 //! - [`cri`]: the Kubernetes Container Runtime Interface v1, from `proto/cri.proto`.
 //! - [`admin`]: what our command line needs beyond the CRI, from `proto/admin.proto`.
+//! - [`images`]: the same for images, from `proto/images.proto`.
 //! - [`shim`]: containerd's shim services over ttrpc, re-exported from `containerd-shim-protos`.
 
 /// CRI v1 (package `runtime.v1`) as of Kubernetes 1.37.
@@ -20,6 +21,15 @@ pub mod admin {
     tonic::include_proto!("holdfast.admin.v1");
     /// The compiled `FileDescriptorSet` of this package.
     pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/admin.proto.bin"));
+}
+
+/// The Images service (package `holdfast.images.v1`).
+#[cfg(feature = "admin")]
+#[allow(unreachable_pub, clippy::all, reason = "generated")]
+pub mod images {
+    tonic::include_proto!("holdfast.images.v1");
+    /// The compiled `FileDescriptorSet` of this package.
+    pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/images.proto.bin"));
 }
 
 /// containerd's Task, Sandbox and Events services and their messages.

@@ -36,6 +36,7 @@ Images:
 
 About:
   inspect       Print everything about a pod, container or image
+  config        Look at what the daemon's configuration makes of something
   info          Show what the daemon can do and whether it is ready
   version       Print the versions of holdfast and holdfastd
   completion    Print a completion script for a shell
@@ -125,6 +126,9 @@ pub(super) enum Command {
     Image(ImageCommand),
     /// Print everything about a pod, container or image
     Inspect(Inspect),
+    /// Look at what the daemon's configuration makes of something
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Show what the daemon can do and whether it is ready
     Info(Show),
     /// Print the versions of holdfast and holdfastd
@@ -149,6 +153,24 @@ pub(super) enum ImageCommand {
     Rm(Rmi),
     /// Print everything about images
     Inspect(InspectImages),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ConfigCommand {
+    /// Print which servers are asked for an image, in order, and the file that names each
+    Registries(Registries),
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Nothing is asked over the network. The files are images.registries_conf with its drop-ins, and the \
+hosts.toml of each registry in images.hosts_dir. Exit code 1: no server would be asked.")]
+pub(super) struct Registries {
+    /// How to print it
+    #[arg(long, short, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(super) output: Shown,
+    /// An image's name, as in `holdfast pull`
+    pub(super) image: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

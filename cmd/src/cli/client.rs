@@ -15,6 +15,7 @@ use holdfast_protos::{
         self, image_service_client::ImageServiceClient,
         runtime_service_client::RuntimeServiceClient,
     },
+    images::images_client::ImagesClient,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -36,11 +37,12 @@ const SLOW: Duration = Duration::from_secs(300);
 /// Lists and ExecSync's output (16 MiB each of stdout and stderr) go beyond tonic's 4 MiB.
 const MAX_MESSAGE: usize = 64 << 20;
 
-/// The daemon's three services on one connection.
+/// The daemon's services on one connection.
 pub(crate) struct Client {
     pub(crate) runtime: RuntimeServiceClient<Channel>,
     pub(crate) images: ImageServiceClient<Channel>,
     pub(crate) admin: AdminClient<Channel>,
+    pub(crate) admin_images: ImagesClient<Channel>,
     timeout: Option<Duration>,
     socket: PathBuf,
 }
@@ -68,6 +70,7 @@ impl Client {
             runtime: RuntimeServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE),
             images: ImageServiceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
+            admin_images: ImagesClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
             admin: AdminClient::new(channel).max_decoding_message_size(MAX_MESSAGE),
             timeout: global.timeout,
             socket,

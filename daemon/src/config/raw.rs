@@ -67,9 +67,12 @@ pub(super) struct RawNetwork {
 pub(super) struct RawImages {
     pub(super) hosts_dir: String,
     pub(super) registries_conf: String,
+    pub(super) auth_file: String,
+    pub(super) policy: String,
     pub(super) insecure_registries: Vec<String>,
     pub(super) max_parallel_layers: i64,
     pub(super) stall_timeout: String,
+    pub(super) pull_timeout: String,
     pub(super) max_layer_size: String,
 }
 

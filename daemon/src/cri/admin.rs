@@ -11,7 +11,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::{Answer, Service};
 use crate::{
     error::status as to_status,
-    image::{Auth, Phase, Progress},
+    image::{Auth, Caller, Phase, Progress},
 };
 
 fn progress(progress: &Progress) -> admin::PullProgress {
@@ -50,11 +50,14 @@ impl Admin for Service {
         let platform = Some(request.platform.as_str()).filter(|p| !p.is_empty());
         let images = &self.pods.services().images;
         let flight = images
-            .pull_with_progress(&request.reference, auth, platform)
+            .pull_with_progress(&request.reference, auth, platform, Caller::Watching)
             .map_err(|e| to_status(&e))?;
         let last = flight.progress.clone();
         let steps = WatchStream::new(flight.progress).map(|p| Ok(progress(&p)));
+        let hold = flight.hold;
         let done = futures::stream::once(async move {
+            // A caller that goes away drops the stream, and with it its interest in the pull.
+            let _hold = hold;
             let image = flight.done.await.map_err(|e| to_status(&e))?;
             let mut end = progress(&last.borrow());
             end.image_ref = image.id.to_string();

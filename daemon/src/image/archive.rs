@@ -16,6 +16,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt},
     sync::{mpsc, watch},
 };
+use tokio_util::task::TaskTracker;
 
 use super::{
     Image, NewImage, Shared, blocking,
@@ -69,7 +70,8 @@ pub(super) async fn import(
     for image in found {
         let (progress, _) = watch::channel(Progress::default());
         let source = Source::Files(image.files);
-        let layers = pull::layers(shared, source, &image.wanted, &progress).await?;
+        let layers =
+            pull::layers(shared, source, &image.wanted, &progress, &TaskTracker::new()).await?;
         let target = image.target.as_ref().map(Digest::to_string).unwrap_or_default();
         let mut names = Vec::new();
         for name in &image.names {

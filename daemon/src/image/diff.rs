@@ -81,7 +81,8 @@ impl Snapshot {
         let Unpacked { implied, .. } = unpack::unpack(BufReader::new(source), root.as_fd())
             .map_err(|error| failed(io::Error::other(crate::error::chain(&error))))?;
         if let Some(layers) = &self.layers {
-            layers::fit(&self.upper, &implied, layers, &self.dirs.ingest()).map_err(failed)?;
+            layers::fit(&self.upper, &implied, layers, &self.dirs.ingest(), &mut None)
+                .map_err(failed)?;
         }
         Ok(())
     }

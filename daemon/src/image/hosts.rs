@@ -65,6 +65,10 @@ pub struct Host {
     pub tls: Tls,
     /// Bound on making a connection, if given.
     pub dial_timeout: Option<Duration>,
+    /// It takes what is pushed.
+    pub push: bool,
+    /// The file that names it; `None`: nothing does.
+    pub from: Option<PathBuf>,
 }
 
 impl fmt::Debug for Host {
@@ -102,23 +106,44 @@ pub fn plain_allowed(host: &str, port: Option<u16>, insecure: &[String]) -> bool
     loopback || insecure.iter().any(named)
 }
 
+/// How the node is told to reach registries.
+#[derive(Clone, Copy)]
+pub struct Rules<'a> {
+    /// Where the directories of the registries are.
+    pub directory: &'a Path,
+    /// Registries that plain HTTP is spoken to.
+    pub insecure: &'a [String],
+    /// Whether `_default` counts: not for a place that something else names on purpose.
+    pub use_default: bool,
+    /// Neither certificates nor HTTPS are wanted of this registry.
+    pub unverified: bool,
+}
+
 /// The servers for `registry`, in order. Reads small files.
-pub fn hosts(registry: &str, directory: &Path, insecure: &[String]) -> Result<Vec<Host>, Error> {
-    let Some(path) = find(registry, directory) else {
-        return Ok(default_hosts(registry, insecure, &Tls::default()));
+pub fn hosts(registry: &str, rules: Rules<'_>) -> Result<Vec<Host>, Error> {
+    let mut tls = Tls { skip_verify: rules.unverified, ..Tls::default() };
+    let mut insecure = rules.insecure.to_vec();
+    if rules.unverified {
+        insecure.push(registry.to_owned());
+    }
+    let Some(path) = find(registry, rules) else {
+        return Ok(default_hosts(registry, &insecure, &tls));
     };
     let text = match std::fs::read_to_string(path.join("hosts.toml")) {
         Ok(text) => text,
         // A directory without the file: Docker's layout of certificates.
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Ok(default_hosts(registry, insecure, &docker_certificates(&path)?));
+            tls = Tls { skip_verify: tls.skip_verify, ..docker_certificates(&path)? };
+            let mut hosts = default_hosts(registry, &insecure, &tls);
+            hosts.iter_mut().for_each(|host| host.from = Some(path.clone()));
+            return Ok(hosts);
         }
         Err(source) => return Err(Error::Read { path: path.join("hosts.toml"), source }),
     };
-    parse(&text, &path, registry, insecure)
+    parse(&text, &path, registry, &insecure, &tls)
 }
 
-fn find(registry: &str, directory: &Path) -> Option<PathBuf> {
+fn find(registry: &str, rules: Rules<'_>) -> Option<PathBuf> {
     let mut names = Vec::new();
     if let Some((host, port)) = registry.rsplit_once(':')
         && port.bytes().all(|b| b.is_ascii_digit())
@@ -126,8 +151,10 @@ fn find(registry: &str, directory: &Path) -> Option<PathBuf> {
         names.push(format!("{host}_{port}_"));
     }
     names.push(registry.to_owned());
-    names.push("_default".to_owned());
-    names.iter().map(|name| directory.join(name)).find(|path| path.is_dir())
+    if rules.use_default {
+        names.push("_default".to_owned());
+    }
+    names.iter().map(|name| rules.directory.join(name)).find(|path| path.is_dir())
 }
 
 fn default_hosts(registry: &str, insecure: &[String], tls: &Tls) -> Vec<Host> {
@@ -144,6 +171,8 @@ fn default_hosts(registry: &str, insecure: &[String], tls: &Tls) -> Vec<Host> {
             headers: HeaderMap::new(),
             tls: tls.clone(),
             dial_timeout: None,
+            push: true,
+            from: None,
         }
     };
     let https = host("https", false);
@@ -235,6 +264,7 @@ fn parse(
     directory: &Path,
     registry: &str,
     insecure: &[String],
+    tls: &Tls,
 ) -> Result<Vec<Host>, Error> {
     let path = directory.join("hosts.toml");
     let file: File = toml::from_str(text)
@@ -268,7 +298,7 @@ fn parse(
             }
         }
         None => {
-            let defaults = default_hosts(registry, insecure, &Tls::default());
+            let defaults = default_hosts(registry, insecure, tls);
             for host in &mut found {
                 host.upstream |= defaults.iter().any(|d| d.base.origin() == host.base.origin());
             }
@@ -300,12 +330,13 @@ fn host(name: &str, table: Table, directory: &Path) -> Result<Host, Error> {
         base.set_path(&format!("{trimmed}/v2"));
     }
     base.set_query(None);
-    let (mut pull, mut resolve) = (table.capabilities.is_none(), table.capabilities.is_none());
+    let all = table.capabilities.is_none();
+    let (mut pull, mut resolve, mut push) = (all, all, all);
     for capability in table.capabilities.iter().flatten() {
         match capability.as_str() {
             "pull" => pull = true,
             "resolve" => resolve = true,
-            "push" => {}
+            "push" => push = true,
             other => {
                 return Err(value(format!(
                     "capability {other:?} is not one of pull, resolve, push"
@@ -346,7 +377,18 @@ fn host(name: &str, table: Table, directory: &Path) -> Result<Host, Error> {
                 .ok_or_else(|| value(format!("dial_timeout {text:?} is not a duration")))?,
         ),
     };
-    Ok(Host { base, resolve, pull, upstream: false, guess: false, headers, tls, dial_timeout })
+    Ok(Host {
+        base,
+        resolve,
+        pull,
+        upstream: false,
+        guess: false,
+        headers,
+        tls,
+        dial_timeout,
+        push,
+        from: Some(path),
+    })
 }
 
 /// `"a.pem"`, `["a.pem", …]` or `[["a.crt", "a.key"], …]`.
@@ -370,16 +412,25 @@ fn client_files(value: Option<toml::Value>) -> Option<Vec<(String, String)>> {
     }
 }
 
-/// A Go duration of one unit: "500ms", "3s", "1m".
+/// A Go duration: "500ms", "3s", "1m30s", "1.5h".
 fn seconds(text: &str) -> Option<Duration> {
-    let split = text.find(|c: char| !c.is_ascii_digit())?;
-    let number: u64 = text[..split].parse().ok()?;
-    match &text[split..] {
-        "ms" => Some(Duration::from_millis(number)),
-        "s" => Some(Duration::from_secs(number)),
-        "m" => Some(Duration::from_secs(number * 60)),
-        _ => None,
+    let (mut rest, mut sum) = (text, 0.0);
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let number: f64 = rest[..end].parse().ok()?;
+        let after = &rest[end..];
+        let end = after.find(|c: char| c.is_ascii_digit()).unwrap_or(after.len());
+        sum += number
+            * match &after[..end] {
+                "ms" => 0.001,
+                "s" => 1.0,
+                "m" => 60.0,
+                "h" => 3600.0,
+                _ => return None,
+            };
+        rest = &after[end..];
     }
+    if text.is_empty() { None } else { Duration::try_from_secs_f64(sum).ok() }
 }
 
 #[cfg(test)]
@@ -388,6 +439,10 @@ mod tests {
 
     fn bases(hosts: &[Host]) -> Vec<&str> {
         hosts.iter().map(|host| host.base.as_str()).collect()
+    }
+
+    fn rules(directory: &Path) -> Rules<'_> {
+        Rules { directory, insecure: &[], use_default: true, unverified: false }
     }
 
     fn write(directory: &Path, name: &str, text: &str) {
@@ -399,7 +454,8 @@ mod tests {
     fn without_files_https_is_used_and_http_only_where_it_may() {
         let dir = tempfile::tempdir().unwrap();
         let ask = |registry: &str| {
-            bases(&hosts(registry, dir.path(), &["plain.example:5000".to_owned()]).unwrap())
+            let insecure = ["plain.example:5000".to_owned()];
+            bases(&hosts(registry, Rules { insecure: &insecure, ..rules(dir.path()) }).unwrap())
                 .iter()
                 .map(|s| (*s).to_owned())
                 .collect::<Vec<_>>()
@@ -440,7 +496,7 @@ server = "https://upstream.example"
   dial_timeout = "3s"
 "#,
         );
-        let found = hosts("example.com:5000", dir.path(), &[]).unwrap();
+        let found = hosts("example.com:5000", rules(dir.path())).unwrap();
         assert_eq!(
             bases(&found),
             [
@@ -464,13 +520,49 @@ server = "https://upstream.example"
     fn without_a_server_the_registry_itself_is_last() {
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), "docker.io", "[host.\"https://mirror.example\"]\n");
-        let found = hosts("docker.io", dir.path(), &[]).unwrap();
+        let found = hosts("docker.io", rules(dir.path())).unwrap();
         assert_eq!(bases(&found), ["https://mirror.example/v2", "https://registry-1.docker.io/v2"]);
         write(dir.path(), "_default", "server = \"http://127.0.0.1:9\"\n");
         assert_eq!(
-            bases(&hosts("other.example", dir.path(), &[]).unwrap()),
+            bases(&hosts("other.example", rules(dir.path())).unwrap()),
             ["http://127.0.0.1:9/v2"]
         );
+    }
+
+    #[test]
+    fn a_place_of_another_file_has_its_own_directory_but_not_the_default_one() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "_default", "server = \"http://127.0.0.1:9\"\n");
+        let place = Rules { use_default: false, unverified: true, ..rules(dir.path()) };
+        let found = hosts("plain.example:5000", place).unwrap();
+        assert_eq!(
+            bases(&found),
+            ["https://plain.example:5000/v2", "http://plain.example:5000/v2"]
+        );
+        assert!(found.iter().all(|host| host.tls.skip_verify && host.from.is_none()));
+        write(dir.path(), "plain.example_5000_", "[host.\"https://mirror.example\"]\n");
+        let found = hosts("plain.example:5000", place).unwrap();
+        assert_eq!(found.len(), 3);
+        assert!(!found[0].tls.skip_verify, "its file speaks for itself");
+        assert!(found[0].from.as_ref().unwrap().ends_with("plain.example_5000_/hosts.toml"));
+    }
+
+    #[test]
+    fn durations_are_those_of_go() {
+        for (text, want) in [
+            ("500ms", Some(0.5)),
+            ("3s", Some(3.0)),
+            ("1m30s", Some(90.0)),
+            ("1.5h", Some(5400.0)),
+            ("", None),
+            ("3", None),
+            ("s", None),
+            ("-1s", None),
+            ("1x", None),
+            ("99999999999999999999h", None),
+        ] {
+            assert_eq!(seconds(text).map(|d| d.as_secs_f64()), want, "{text}");
+        }
     }
 
     #[test]
@@ -487,7 +579,7 @@ server = "https://upstream.example"
             ("[host.\"https://a\"]\nclient = 3", "client"),
         ] {
             write(dir.path(), "example.com", text);
-            let error = hosts("example.com", dir.path(), &[]).expect_err(text);
+            let error = hosts("example.com", rules(dir.path())).expect_err(text);
             let text = crate::error::chain(&error);
             assert!(text.contains(part) && text.contains("example.com"), "{text}");
         }

@@ -7,9 +7,12 @@
 //! directory. So "is it still needed" and "forget it" are one transaction.
 //!
 //! ```text
-//! ingest/<number>  --unpacked, fitted-->  layers/<number>  --syncfs, transaction-->  recorded
+//! ingest/<number>         --unpacked, fitted-->  layers/<number>   --syncfs, transaction-->  recorded
+//! ingest/<number>.recipe  --------------------->  recipes/<number>
 //! ```
 //! A crash leaves directories without a row; `Images::open` gives them to the reaper.
+//!
+//! [`Layer::archive`] gives a layer's archive again, byte for byte ([`super::recipe`]).
 //!
 //! A layer whose archive lists each directory it uses is good on any layers below it. One that
 //! implies directories ([`super::unpack`]) is fitted to the layers below, and kept for that chain
@@ -43,6 +46,7 @@ use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::{
     overlay::Overlay,
+    recipe::{self, Kept, Rebuilt},
     tree,
     unpack::{self, Unpacked},
 };
@@ -69,6 +73,19 @@ impl Layer {
     /// Its directory.
     pub fn path(&self) -> PathBuf {
         self.shared.layers.join(self.record.number.to_string())
+    }
+    /// Digest of its uncompressed archive.
+    pub fn diff_id(&self) -> &Digest {
+        &self.diff_id
+    }
+    /// Its uncompressed archive, exactly as it came. Opening and reading block. The layer must be held
+    /// for as long as it is read.
+    pub fn archive(&self) -> Result<Rebuilt, recipe::Error> {
+        let error =
+            |source| recipe::Error::Read { layer: self.diff_id.clone(), path: self.path(), source };
+        let root = unpack::open_root(&self.path()).map_err(error)?;
+        let recipe = self.shared.recipes.join(self.record.number.to_string());
+        Rebuilt::open(root, &recipe, &self.diff_id)
     }
 }
 
@@ -106,6 +123,7 @@ impl Drop for Staged {
     fn drop(&mut self) {
         if !self.placed {
             self.shared.reap(Reap::Path(self.shared.ingest.join(self.number.to_string())));
+            self.shared.reap(Reap::Path(self.shared.ingest.join(recipe_name(self.number))));
         }
     }
 }
@@ -117,6 +135,10 @@ impl Slot {
     /// Where; does not exist yet.
     pub fn path(&self) -> PathBuf {
         self.0.shared.ingest.join(self.0.number.to_string())
+    }
+    /// Where its recipe goes; does not exist yet.
+    pub fn recipe(&self) -> PathBuf {
+        self.0.shared.ingest.join(recipe_name(self.0.number))
     }
     /// The layer is there.
     pub fn filled(mut self, unpacked: Unpacked) -> Staged {
@@ -137,6 +159,7 @@ pub struct Layers {
 
 struct Shared {
     layers: PathBuf,
+    recipes: PathBuf,
     ingest: PathBuf,
     bytes: AtomicU64,
     inodes: AtomicU64,
@@ -167,12 +190,13 @@ impl Layers {
         let (reaper, queue) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             layers: root.join("layers"),
+            recipes: root.join("recipes"),
             ingest: root.join("ingest"),
             bytes: AtomicU64::new(0),
             inodes: AtomicU64::new(0),
             reaper,
         });
-        tokio::spawn(reap(queue, shared.layers.clone(), store));
+        tokio::spawn(reap(queue, [shared.layers.clone(), shared.recipes.clone()], store));
         Self { shared, next: AtomicU64::new(next), known: Mutex::default(), busy: Mutex::default() }
     }
 
@@ -256,11 +280,21 @@ impl Layers {
     pub fn place(&self, mut staged: Staged, below: &[Arc<Layer>]) -> io::Result<Arc<Layer>> {
         let from = self.shared.ingest.join(staged.number.to_string());
         let mut chain = String::new();
+        let mut kept = staged.unpacked.kept.take();
         if staged.depends_on_parents() {
             chain = chain_id(below.iter().map(|layer| &layer.diff_id));
-            fit(&from, &staged.unpacked.implied, below, &self.shared.ingest)?;
+            fit(&from, &staged.unpacked.implied, below, &self.shared.ingest, &mut kept)?;
         }
-        std::fs::rename(&from, self.shared.layers.join(staged.number.to_string()))?;
+        let number = staged.number.to_string();
+        if let Some(kept) = kept {
+            kept.finish()?;
+            let recipe = self.shared.ingest.join(recipe_name(staged.number));
+            std::fs::rename(recipe, self.shared.recipes.join(&number))?;
+        }
+        if let Err(error) = std::fs::rename(&from, self.shared.layers.join(&number)) {
+            self.shared.reap(Reap::Path(self.shared.recipes.join(&number)));
+            return Err(error);
+        }
         staged.placed = true;
         let record = LayerRecord {
             number: staged.number,
@@ -308,16 +342,21 @@ pub fn lowers(layers: &[Arc<Layer>]) -> Vec<String> {
         .collect()
 }
 
-async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, layers: PathBuf, store: Store) {
+fn recipe_name(number: u64) -> String {
+    format!("{number}.recipe")
+}
+
+/// `places` are the directories that have one of each layer's number.
+async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, places: [PathBuf; 2], store: Store) {
     while let Some(work) = queue.recv().await {
-        let path = match work {
+        let paths = match work {
             Reap::Flush(done) => {
                 let _ = done.send(());
                 continue;
             }
-            Reap::Path(path) => path,
+            Reap::Path(path) => vec![path],
             Reap::Layer(number) => match store.forget_layer(number).await {
-                Ok(true) => layers.join(number.to_string()),
+                Ok(true) => places.iter().map(|place| place.join(number.to_string())).collect(),
                 Ok(false) => continue,
                 Err(error) => {
                     // It stays for the next start.
@@ -330,18 +369,16 @@ async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, layers: PathBuf, store: 
                 }
             },
         };
-        let removed = tokio::task::spawn_blocking({
-            let path = path.clone();
-            move || tree::remove(&path)
-        })
-        .await;
-        match removed {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(path = %path.display(), %error, "leftover not removed")
+        let removed = tokio::task::spawn_blocking(move || {
+            for path in paths {
+                if let Err(error) = tree::remove(&path) {
+                    tracing::warn!(path = %path.display(), %error, "leftover not removed");
+                }
             }
-            // The runtime is going down.
-            Err(_) => return,
+        });
+        // An error means that the runtime is going down.
+        if removed.await.is_err() {
+            return;
         }
     }
 }
@@ -354,6 +391,7 @@ pub(super) fn fit(
     implied: &[PathBuf],
     below: &[Arc<Layer>],
     scratch: &Path,
+    kept: &mut Option<Kept>,
 ) -> io::Result<()> {
     let names = lowers(below);
     let lower = match names.as_slice() {
@@ -388,8 +426,11 @@ pub(super) fn fit(
                 // Directories come before what is in them: this is the implied one itself.
                 FileType::Symlink if unlisted.contains(&*at) => {
                     if let Some(real) = real_directory(&lower, &at)?
-                        && relocate(&layer, &at, &real, &mut like_below)?
+                        && relocate(&layer, &at, &real, &mut like_below, kept)?
                     {
+                        if let Some(kept) = kept {
+                            kept.moved(&at, &real);
+                        }
                         moves.push((at, real));
                     }
                     continue 'implied;
@@ -436,6 +477,7 @@ fn relocate(
     from: &Path,
     to: &Path,
     like_below: &mut BTreeSet<PathBuf>,
+    kept: &mut Option<Kept>,
 ) -> io::Result<bool> {
     let mut at = PathBuf::new();
     let mut missing = Vec::new();
@@ -454,14 +496,14 @@ fn relocate(
         rustix::fs::mkdirat(layer, &path, Mode::RWXU)?;
         like_below.insert(path);
     }
-    merge(&open(layer, from)?, &open(layer, to)?)?;
+    merge(&open(layer, from)?, &open(layer, to)?, to, kept)?;
     rustix::fs::unlinkat(layer, from, AtFlags::REMOVEDIR)?;
     Ok(true)
 }
 
 /// Moves the entries of one directory into another; of two of a name the moved one wins, except
-/// that directories are merged. Depth is bounded by that of a layer.
-fn merge(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
+/// that directories are merged. Depth is bounded by that of a layer. `path` is where `to` is.
+fn merge(from: &OwnedFd, to: &OwnedFd, path: &Path, kept: &mut Option<Kept>) -> io::Result<()> {
     for (name, _) in tree::names(from.as_fd())? {
         let directory =
             |at: &OwnedFd| match rustix::fs::statat(at, &name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -472,11 +514,14 @@ fn merge(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
         match (directory(from)?, directory(to)?) {
             (Some(true), Some(true)) => {
                 let name: &Path = name.as_ref();
-                merge(&open(from, name)?, &open(to, name)?)?;
+                merge(&open(from, name)?, &open(to, name)?, &path.join(name), kept)?;
                 rustix::fs::unlinkat(from, name, AtFlags::REMOVEDIR)?;
                 continue;
             }
-            (_, Some(_)) => tree::remove_at(to.as_fd(), &name)?,
+            (_, Some(_)) => match kept {
+                Some(kept) => kept.lost(to.as_fd(), &name, &path.join(&name))?,
+                None => tree::remove_at(to.as_fd(), &name)?,
+            },
             (_, None) => {}
         }
         rustix::fs::renameat(from, &name, to, &name)?;

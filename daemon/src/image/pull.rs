@@ -76,9 +76,46 @@ pub enum Error {
     /// The record.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// Nobody waits for it any more.
+    #[error("the pull was cancelled")]
+    Cancelled,
+    /// It took too long.
+    #[error("the pull was not done within {} s (images.pull_timeout)", .0.as_secs())]
+    Deadline(std::time::Duration),
+    /// A short name that no registry has.
+    #[error("{tried}, and last {name}")]
+    Short {
+        /// Names that were tried before, with their errors.
+        tried: String,
+        /// The name that was tried last.
+        name: Reference,
+        /// Its error.
+        source: Box<Error>,
+    },
     /// The daemon ends.
     #[error(transparent)]
     Stopped(#[from] Stopped),
+}
+
+/// What became of the names that a short name may stand for.
+#[derive(Default)]
+pub(super) struct Tried(Vec<(Reference, Error)>);
+
+impl Tried {
+    pub(super) fn add(&mut self, name: &Reference, error: Error) {
+        self.0.push((name.clone(), error));
+    }
+
+    /// There must be one.
+    pub(super) fn into_error(mut self) -> Error {
+        let (name, last) = self.0.pop().expect("there is at least one name");
+        if self.0.is_empty() {
+            return last;
+        }
+        let said = self.0.iter().map(|(n, e)| format!("{n}: {}", crate::error::chain(e)));
+        let tried = said.collect::<Vec<_>>().join("; then ");
+        Error::Short { tried, name, source: Box::new(last) }
+    }
 }
 
 impl Kinded for Error {
@@ -107,7 +144,9 @@ impl Kinded for Error {
             Error::Place { source, .. } | Error::Sync(source) => disk(source),
             Error::Read(e) => unpack(e),
             Error::Store(e) => e.kind(),
-            Error::Stopped(_) => Kind::Unavailable,
+            Error::Deadline(_) => Kind::Deadline,
+            Error::Short { source, .. } => source.kind(),
+            Error::Cancelled | Error::Stopped(_) => Kind::Unavailable,
         }
     }
 }
@@ -165,6 +204,7 @@ pub(super) async fn pull(
     auth: Option<&Auth>,
     platform: &Platform,
     progress: &watch::Sender<Progress>,
+    unpackers: &TaskTracker,
 ) -> Result<Arc<Image>, Error> {
     let remote = shared.registries.remote(reference, auth).await?;
     if let Some(image) = unchanged(shared, &remote, reference, platform).await? {
@@ -189,7 +229,7 @@ pub(super) async fn pull(
     let size = manifest.layers.iter().map(|layer| layer.size).sum::<u64>()
         + manifest.config.size
         + document.bytes.len() as u64;
-    let layers = layers(shared, Source::Registry(remote), &wanted, progress).await?;
+    let layers = layers(shared, Source::Registry(remote), &wanted, progress, unpackers).await?;
     let by_digest = reference.at(&target);
     let mut names = vec![(by_digest, target.to_string())];
     if let Object::Tag(_) = reference.object() {
@@ -319,12 +359,14 @@ enum Got {
 }
 
 /// Gets all layers, in parallel, and puts them in their places. When this returns an error nothing
-/// of it is at work any more.
+/// of it is at work any more. If it is dropped instead, `unpackers` are still to be waited for:
+/// threads at work on files, which find their queues closed.
 pub(super) async fn layers(
     shared: &Arc<Shared>,
     source: Source,
     wanted: &[Wanted],
     progress: &watch::Sender<Progress>,
+    unpackers: &TaskTracker,
 ) -> Result<Vec<Arc<Layer>>, Error> {
     progress.send_modify(|progress| {
         progress.layers = wanted
@@ -339,9 +381,7 @@ pub(super) async fn layers(
     let chains: Vec<String> = (0..wanted.len())
         .map(|index| chain_id(wanted[..index].iter().map(|wanted| &wanted.diff_id)))
         .collect();
-    // Threads at work on files: they are waited for whatever happens.
-    let unpackers = TaskTracker::new();
-    let fetch = Fetch { shared, source: &source, unpackers: &unpackers, progress };
+    let fetch = Fetch { shared, source: &source, unpackers, progress };
     let mut fetches = Vec::with_capacity(wanted.len());
     for (index, wanted) in wanted.iter().enumerate() {
         fetches.push(fetch.layer(index, wanted, &chains[index]));
@@ -466,18 +506,19 @@ impl Fetch<'_> {
         };
         let token = self.unpackers.token();
         let work = tokio::task::spawn_blocking(move || {
-            let path = slot.path();
+            let (path, recipe) = (slot.path(), slot.recipe());
             let unpacked =
-                match open().and_then(|source| stream::unpack_layer(source, &expected, &path)) {
-                    Ok(unpacked) => Ok(slot.filled(unpacked)),
-                    Err(source) => {
-                        let layer = match expected.content {
-                            Some((digest, _)) => digest,
-                            None => expected.diff_id,
-                        };
-                        Err(Error::Layer { layer, source })
-                    }
-                };
+                open().and_then(|source| stream::unpack_layer(source, &expected, &path, &recipe));
+            let unpacked = match unpacked {
+                Ok(unpacked) => Ok(slot.filled(unpacked)),
+                Err(source) => {
+                    let layer = match expected.content {
+                        Some((digest, _)) => digest,
+                        None => expected.diff_id,
+                    };
+                    Err(Error::Layer { layer, source })
+                }
+            };
             (unpacked, token)
         });
         async move { super::joined(work).await.map(|(unpacked, _token)| unpacked) }

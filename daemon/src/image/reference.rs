@@ -56,6 +56,13 @@ impl Reference {
     pub fn name(&self) -> String {
         format!("{}/{}", self.registry, self.repository)
     }
+    /// Whether a text names no registry, so that it is a matter of the node which one is meant.
+    pub fn is_short(text: &str) -> bool {
+        match text.split_once('@').map_or(text, |(name, _)| name).split_once('/') {
+            Some((first, _)) => !is_registry(first),
+            None => true,
+        }
+    }
     /// The same name by digest: `name@sha256:…`.
     pub fn at(&self, digest: &Digest) -> String {
         format!("{}/{}@{digest}", self.registry, self.repository)

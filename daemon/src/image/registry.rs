@@ -1,15 +1,19 @@
-//! A client for the OCI Distribution API (distribution-spec v1.1), for reading.
+//! A client for the OCI Distribution API (distribution-spec v1.1).
 //!
-//! One [`Remote`] is one repository for the length of one pull: its servers in order, and for each
-//! what it wants for authorisation. HTTP/1.1 only: parallel layers then have connections, and so
+//! One [`Remote`] is one image for the length of one pull: the servers that may have it, in order
+//! ([`super::registries`], [`super::hosts`]), and for each what it wants for authorisation. HTTP/1.1 only: parallel layers then have connections, and so
 //! windows, of their own, and a layer that is unpacked slowly holds up no other.
 //!
-//! Credentials go to the registry that the reference names (or the server that the request names),
-//! to the token service that this registry points to, and nowhere else: not to mirrors, not to
-//! where a redirect leads. Plain HTTP is spoken only where `hosts` allows it.
+//! Credentials go to the server that they are for, to the token service that it points to, and
+//! nowhere else. Those of a request are for the registry that the reference names, or for the server
+//! that the request names: not for mirrors, not for where a redirect leads. Those of the node
+//! ([`super::authfile`]) are looked up for each server by its own name. Plain HTTP is spoken only where `hosts` allows it.
 //!
 //! Deadlines: an answer must begin within the stall timeout; a body must bring a minimum of bytes a
 //! second over the stall timeout. The time that we do not read (unpacking is slower) is not counted.
+
+mod blob;
+mod challenge;
 
 use std::{
     collections::HashMap,
@@ -18,7 +22,7 @@ use std::{
     future::Future,
     pin::Pin,
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use base64::Engine as _;
@@ -38,10 +42,14 @@ use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use url::Url;
 
+pub use self::blob::Blob;
+use self::challenge::Challenge;
 use super::{
+    authfile,
     connect::Connector,
     hosts::{self, Host, Tls},
     reference::{Object, Reference},
+    registries::{self, Conf, Place},
     tls,
 };
 use crate::{
@@ -114,6 +122,9 @@ pub enum Error {
     /// The hosts.toml of the registry.
     #[error("registry hosts")]
     Hosts(#[from] hosts::Error),
+    /// The registries.conf, or what it forbids.
+    #[error(transparent)]
+    Registries(#[from] registries::Error),
     /// Certificates that the hosts.toml names.
     #[error("tls settings for {host}")]
     Tls {
@@ -228,6 +239,7 @@ impl Kinded for Error {
     fn kind(&self) -> Kind {
         match self {
             Error::Hosts(_) | Error::Tls { .. } | Error::NoServer { .. } => Kind::Precondition,
+            Error::Registries(e) => e.kind(),
             Error::Credentials(_) => Kind::Invalid,
             Error::Connect { .. } => Kind::Unavailable,
             Error::Stalled { .. } => Kind::Deadline,
@@ -280,12 +292,14 @@ pub struct Registries {
     clients: Mutex<HashMap<(Tls, Option<Duration>), Http>>,
     /// Scheme by authority, where it was guessed.
     schemes: Mutex<HashMap<String, String>>,
+    conf: registries::Source,
 }
 
 impl Registries {
     /// Connects to nothing yet.
     pub fn new(config: config::Images) -> Self {
         Self {
+            conf: registries::Source::new(config.registries_conf.clone()),
             config,
             back_off: Duration::from_millis(250),
             proxies: Arc::new(Matcher::from_env()),
@@ -308,52 +322,86 @@ impl Registries {
         self
     }
 
-    /// The repository of a reference. Reads its hosts.toml.
+    /// What the node's registries.conf says now.
+    pub fn conf(&self) -> Result<Arc<Conf>, registries::Error> {
+        self.conf.current()
+    }
+
+    /// The servers that may have an image. Reads a few small files.
     pub async fn remote(
         self: &Arc<Self>,
         reference: &Reference,
         auth: Option<&Auth>,
     ) -> Result<Remote, Error> {
         let credentials = auth.map(Credentials::parse).transpose()?.flatten();
-        let (registry, this) = (reference.registry().to_owned(), self.clone());
-        let mut hosts = super::blocking(move || {
-            hosts::hosts(&registry, &this.config.hosts_dir, &this.config.insecure_registries)
-        })
-        .await
-        .unwrap_or_else(|_| Ok(Vec::new()))?;
-        {
-            let schemes = self.schemes.lock().expect("no panic while it is held");
-            if let Some(guess) = hosts.iter().find(|host| host.guess)
-                && let Some(scheme) = schemes.get(guess.base.authority())
-            {
-                let authority = guess.base.authority().to_owned();
-                hosts.retain(|h| h.base.authority() != authority || h.base.scheme() == scheme);
-                hosts.iter_mut().for_each(|h| h.guess = false);
-            }
-        }
-        let registry = reference.registry();
-        let servers = hosts
-            .into_iter()
-            .map(|host| {
+        let (this, wanted) = (self.clone(), reference.clone());
+        let found = super::blocking(move || this.servers(&wanted)).await;
+        // Only a runtime that ends gives nothing.
+        let (places, helpers) = found.unwrap_or_else(|_| Ok(Default::default()))?;
+        let mut servers = Vec::new();
+        for (place, mut hosts) in places {
+            self.settle_guesses(&mut hosts);
+            let registry = place.name.registry();
+            // What a user calls docker.io is docker.io's only where it is not moved elsewhere.
+            let own_place = place.name.name() == reference.name();
+            for host in hosts {
                 let for_it = match auth.map(|a| a.server_address.as_str()) {
-                    None | Some("") => host.upstream,
+                    None | Some("") => own_place && host.upstream,
                     Some(address) => is_for(address, &host, registry),
                 };
-                let credentials = if for_it { credentials.clone() } else { None };
-                Server {
+                let name = match host.upstream {
+                    true => place.name.name(),
+                    false => format!("{}/{}", host.base.authority(), place.name.repository()),
+                };
+                servers.push(Server {
                     namespace: (!host.upstream).then(|| registry.to_owned()),
-                    host,
-                    credentials,
+                    repository: place.name.repository().to_owned(),
+                    name,
+                    from: host.from.clone().or_else(|| place.from.clone()),
+                    place: place.clone(),
+                    is_own: own_place && host.upstream,
+                    given: if for_it { credentials.clone() } else { None },
+                    own: tokio::sync::OnceCell::new(),
                     authorization: tokio::sync::Mutex::default(),
-                }
-            })
-            .collect();
+                    host,
+                });
+            }
+        }
         Ok(Remote {
             registries: self.clone(),
-            registry: registry.to_owned(),
-            repository: reference.repository().to_owned(),
+            registry: reference.registry().to_owned(),
+            helpers,
             servers,
         })
+    }
+
+    /// The places of an image with their hosts, and the node's credential helpers.
+    fn servers(&self, reference: &Reference) -> Result<Found, Error> {
+        let conf = self.conf.current()?;
+        let mut found = Vec::new();
+        for place in conf.places(reference)? {
+            let rules = hosts::Rules {
+                directory: &self.config.hosts_dir,
+                insecure: &self.config.insecure_registries,
+                use_default: place.from.is_none(),
+                unverified: place.insecure,
+            };
+            let hosts = hosts::hosts(place.name.registry(), rules)?;
+            found.push((place, hosts));
+        }
+        Ok((found, conf.credential_helpers.clone()))
+    }
+
+    /// What was a guess once is known now.
+    fn settle_guesses(&self, hosts: &mut Vec<Host>) {
+        let schemes = self.schemes.lock().expect("no panic while it is held");
+        if let Some(guess) = hosts.iter().find(|host| host.guess)
+            && let Some(scheme) = schemes.get(guess.base.authority())
+        {
+            let authority = guess.base.authority().to_owned();
+            hosts.retain(|h| h.base.authority() != authority || h.base.scheme() == scheme);
+            hosts.iter_mut().for_each(|h| h.guess = false);
+        }
     }
 
     fn client(&self, tls: &Tls, dial_timeout: Option<Duration>) -> Result<Http, tls::Error> {
@@ -379,6 +427,9 @@ impl Registries {
         Ok(clients.entry(key).or_insert(client).clone())
     }
 }
+
+/// Places with their hosts, and credential helpers.
+type Found = (Vec<(Place, Vec<Host>)>, Vec<String>);
 
 /// Whether credentials that name `address` ("host", "host:port/path", a URL) are for `host`.
 fn is_for(address: &str, host: &Host, registry: &str) -> bool {
@@ -450,20 +501,63 @@ impl Credentials {
     }
 }
 
-/// A repository, for one pull.
+/// An image, for one pull.
 pub struct Remote {
     registries: Arc<Registries>,
     registry: String,
-    repository: String,
+    /// Programs that know the node's credentials.
+    helpers: Vec<String>,
     servers: Vec<Server>,
 }
 
 struct Server {
     host: Host,
+    /// The repository there.
+    repository: String,
+    /// Registry and repository, as the node's own credentials are looked up.
+    name: String,
+    place: Place,
+    /// What the reference itself names.
+    is_own: bool,
+    /// The file that names it.
+    from: Option<std::path::PathBuf>,
     /// Sent to mirrors, which may serve many registries.
     namespace: Option<String>,
-    credentials: Option<Credentials>,
+    /// Of the request.
+    given: Option<Credentials>,
+    /// Of the node, once they were needed; or why there are none.
+    own: tokio::sync::OnceCell<Result<Option<Credentials>, String>>,
     authorization: tokio::sync::Mutex<Authorization>,
+}
+
+impl Server {
+    /// Mirrors are for reading, whatever they allow.
+    fn takes_pushes(&self) -> bool {
+        self.host.push && self.host.upstream && self.place.primary
+    }
+}
+
+/// A server that may have an image, as shown to people.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// Where the repository is.
+    pub url: String,
+    /// It is no registry of its own, but a mirror.
+    pub mirror: bool,
+    /// It is asked what a tag stands for.
+    pub resolve: bool,
+    /// It is asked for content.
+    pub pull: bool,
+    /// It is sent what is pushed.
+    pub push: bool,
+    /// Its certificate is not verified.
+    pub unverified: bool,
+    /// Only if the one before does not answer.
+    pub fallback: bool,
+    /// Credentials of a request that name no server go to it.
+    pub credentials: bool,
+    /// The file that names it.
+    pub from: Option<std::path::PathBuf>,
 }
 
 /// What a server was found to want.
@@ -492,6 +586,32 @@ const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
                       application/vnd.docker.distribution.manifest.v1+prettyjws;q=0.1, */*;q=0.1";
 
 impl Remote {
+    /// The servers, in the order in which they are asked.
+    pub fn endpoints(&self) -> Vec<Endpoint> {
+        let mut guessed = None;
+        self.servers
+            .iter()
+            .map(|server| {
+                let host = &server.host;
+                let mut url = host.base.clone();
+                url.set_path(&format!("{}/{}", url.path(), server.repository));
+                let fallback = guessed == Some(host.base.authority());
+                guessed = host.guess.then(|| host.base.authority());
+                Endpoint {
+                    url: show(&url),
+                    mirror: !(server.place.primary && host.upstream),
+                    resolve: host.resolve,
+                    pull: host.pull,
+                    push: server.takes_pushes(),
+                    unverified: host.tls.skip_verify || host.base.scheme() == "http",
+                    fallback,
+                    credentials: server.is_own,
+                    from: server.from.clone(),
+                }
+            })
+            .collect()
+    }
+
     /// The digest that the registry has for a name now, without the content; `None` if it does not
     /// say.
     pub async fn digest(&self, object: &Object) -> Result<Option<Digest>, Error> {
@@ -554,16 +674,7 @@ impl Remote {
 
     /// A blob as a stream of exactly `size` bytes. Its digest is for the reader to verify.
     pub fn blob(&self, digest: &Digest, size: u64) -> Blob<'_> {
-        Blob {
-            remote: self,
-            digest: digest.clone(),
-            size,
-            offset: 0,
-            open: None,
-            attempts: 0,
-            since_failure: 0,
-            pace: Pace::default(),
-        }
+        Blob::new(self, digest, size)
     }
 
     /// The first server that gives it.
@@ -602,7 +713,7 @@ impl Remote {
 
     fn url(&self, server: &Server, what: &str, object: &str) -> Url {
         let mut url = server.host.base.clone();
-        url.set_path(&format!("{}/{}/{what}/{object}", url.path(), self.repository));
+        url.set_path(&format!("{}/{}/{what}/{object}", url.path(), server.repository));
         if let Some(namespace) = &server.namespace {
             url.query_pairs_mut().append_pair("ns", namespace);
         }
@@ -726,8 +837,34 @@ impl Remote {
                     continue;
                 }
             }
-            return Err(failure(&url, response).await);
+            let mut error = failure(&url, response).await;
+            if let (Error::Denied { detail, .. }, Some(Err(why))) = (&mut error, server.own.get()) {
+                detail.0 += &format!("; the node's own credentials are not to be had: {why}");
+            }
+            return Err(error);
         }
+    }
+
+    /// What the server may be told of who we are: what came with the request, else what the node
+    /// has for it.
+    async fn credentials<'a>(&self, server: &'a Server) -> Option<&'a Credentials> {
+        if server.given.is_some() {
+            return server.given.as_ref();
+        }
+        let config = &self.registries.config;
+        let own = server.own.get_or_init(|| async {
+            let found = authfile::find(config.auth_file.as_deref(), &self.helpers, &server.name);
+            let parsed = match found.await {
+                Ok(None) => return Ok(None),
+                Ok(Some(auth)) => Credentials::parse(&auth).map_err(|e| e.to_string()),
+                Err(error) => Err(crate::error::chain(&error)),
+            };
+            if let Err(why) = &parsed {
+                tracing::warn!(name = server.name, why, "no credentials for the registry");
+            }
+            parsed
+        });
+        own.await.as_ref().ok()?.as_ref()
     }
 
     /// Gets a new authorisation, unless another request has since `generation`. False: there is
@@ -743,14 +880,14 @@ impl Remote {
         if authorization.generation != generation {
             return Ok(true);
         }
-        let header = match (challenge, &server.credentials) {
-            (None, _) => return Ok(false),
-            (Some(_), Some(Credentials::Bearer(header))) => header.clone(),
-            (Some(Challenge::Basic), Some(Credentials::Basic(header))) => header.clone(),
-            (Some(Challenge::Basic), _) => return Ok(false),
-            (Some(Challenge::Bearer { realm, service, scope }), credentials) => {
+        let Some(challenge) = challenge else { return Ok(false) };
+        let header = match (challenge, self.credentials(server).await) {
+            (_, Some(Credentials::Bearer(header))) => header.clone(),
+            (Challenge::Basic, Some(Credentials::Basic(header))) => header.clone(),
+            (Challenge::Basic, _) => return Ok(false),
+            (Challenge::Bearer { realm, service, scope }, credentials) => {
                 let realm = self.realm(server, url, &realm)?;
-                let token = self.token(server, realm, service, scope, credentials.as_ref()).await?;
+                let token = self.token(server, realm, service, scope, credentials).await?;
                 let mut header = HeaderValue::from_str(&format!("Bearer {token}"))
                     .map_err(|_| protocol(url, "a token with control characters"))?;
                 header.set_sensitive(true);
@@ -797,7 +934,7 @@ impl Remote {
             token: Option<String>,
             access_token: Option<String>,
         }
-        let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.repository));
+        let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", server.repository));
         let client = self.client_for(server, &realm)?;
         let mut attempt = 0;
         if !matches!(credentials, Some(Credentials::Identity(_))) {
@@ -965,217 +1102,6 @@ impl Remote {
     }
 }
 
-/// A blob on its way. A connection that breaks is made anew and goes on where it broke.
-pub struct Blob<'a> {
-    remote: &'a Remote,
-    digest: Digest,
-    size: u64,
-    offset: u64,
-    open: Option<Open>,
-    /// Without [`PROGRESS`] in between.
-    attempts: u32,
-    since_failure: u64,
-    pace: Pace,
-}
-
-struct Open {
-    body: Incoming,
-    url: Url,
-    /// Bytes that the server sends again, as it knows no ranges.
-    skip: u64,
-}
-
-/// Time spent waiting for bytes, and bytes that came.
-#[derive(Default)]
-struct Pace {
-    waited: Duration,
-    bytes: u64,
-}
-
-impl Blob<'_> {
-    /// The next piece, or `None` after `size` bytes.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Error> {
-        loop {
-            if self.offset == self.size {
-                return Ok(None);
-            }
-            if self.open.is_none() {
-                self.open = Some(self.connect().await?);
-                self.pace = Pace::default();
-            }
-            let stall = self.remote.registries.config.stall_timeout;
-            let open = self.open.as_mut().expect("opened above");
-            let url = &open.url;
-            let broken = |source| Error::Connect { url: show(url), source };
-            let begun = Instant::now();
-            let frame =
-                tokio::time::timeout(stall.saturating_sub(self.pace.waited), open.body.frame());
-            let error = match frame.await {
-                Ok(Some(Ok(frame))) => {
-                    let Ok(mut data) = frame.into_data() else { continue };
-                    self.pace.waited += begun.elapsed();
-                    self.pace.bytes += data.len() as u64;
-                    let again = open.skip.min(data.len() as u64);
-                    open.skip -= again;
-                    let _ = data.split_to(again as usize);
-                    if data.is_empty() {
-                        continue;
-                    }
-                    if data.len() as u64 > self.size - self.offset {
-                        return Err(Error::TooLarge { url: show(url), limit: self.size });
-                    }
-                    let too_slow = self.pace.waited >= stall / 2
-                        && self.pace.bytes < SLOWEST * (stall.as_secs() / 2).max(1);
-                    if !too_slow {
-                        if self.pace.waited >= stall / 2 {
-                            self.pace = Pace::default();
-                        }
-                        self.offset += data.len() as u64;
-                        self.since_failure += data.len() as u64;
-                        if self.since_failure >= PROGRESS {
-                            self.attempts = 0;
-                        }
-                        return Ok(Some(data));
-                    }
-                    Error::Stalled { url: show(url), after: stall / 2 }
-                }
-                Ok(Some(Err(error))) => broken(error.into()),
-                Ok(None) => broken(
-                    format!("the body ends after {} of {} bytes", self.offset, self.size).into(),
-                ),
-                Err(_) => Error::Stalled { url: show(url), after: stall },
-            };
-            self.open = None;
-            self.since_failure = 0;
-            self.attempts += 1;
-            self.remote.wait_or_fail(error, self.attempts).await?;
-        }
-    }
-
-    async fn connect(&self) -> Result<Open, Error> {
-        let (remote, offset) = (self.remote, self.offset);
-        let digest = self.digest.to_string();
-        let (digest, size) = (&digest, self.size);
-        remote
-            .first(false, "pull", |server| {
-                let digest = digest.clone();
-                Box::pin(async move {
-                    let url = remote.url(server, "blobs", &digest);
-                    let mut headers = HeaderMap::new();
-                    if offset > 0 {
-                        let range = HeaderValue::from_str(&format!("bytes={offset}-"));
-                        headers.insert(header::RANGE, range.expect("digits"));
-                    }
-                    let response = remote.retried(server, Method::GET, &url, headers).await?;
-                    let skip = match response.status() {
-                        StatusCode::PARTIAL_CONTENT => {
-                            let starts = response
-                                .headers()
-                                .get(header::CONTENT_RANGE)
-                                .and_then(|value| value.to_str().ok())
-                                .is_some_and(|v| v.starts_with(&format!("bytes {offset}-")));
-                            if !starts {
-                                return Err(protocol(&url, "it sent another range than asked for"));
-                            }
-                            0
-                        }
-                        _ => {
-                            let length = response.headers().get(header::CONTENT_LENGTH);
-                            let length: Option<u64> =
-                                length.and_then(|v| v.to_str().ok()?.parse().ok());
-                            if length.is_some_and(|length| length > size) {
-                                return Err(Error::TooLarge { url: show(&url), limit: size });
-                            }
-                            offset
-                        }
-                    };
-                    Ok(Open { body: response.into_body(), url, skip })
-                })
-            })
-            .await
-    }
-}
-
-/// What a 401 asks for.
-#[derive(Debug, PartialEq, Eq)]
-enum Challenge {
-    Basic,
-    Bearer { realm: String, service: Option<String>, scope: Option<String> },
-}
-
-impl Challenge {
-    /// The strongest of RFC 9110's challenges that we know: Bearer, else Basic.
-    fn parse(headers: &HeaderMap) -> Option<Self> {
-        let mut found = None;
-        for value in headers.get_all(header::WWW_AUTHENTICATE) {
-            let Ok(mut text) = value.to_str() else { continue };
-            while let Some((scheme, parameters, rest)) = challenge(text) {
-                if scheme.eq_ignore_ascii_case("bearer") {
-                    let get = |name: &str| {
-                        let found = parameters.iter().find(|(n, _)| n.eq_ignore_ascii_case(name));
-                        found.map(|(_, value)| value.clone())
-                    };
-                    if let Some(realm) = get("realm") {
-                        return Some(Challenge::Bearer {
-                            realm,
-                            service: get("service"),
-                            scope: get("scope"),
-                        });
-                    }
-                } else if scheme.eq_ignore_ascii_case("basic") {
-                    found = Some(Challenge::Basic);
-                }
-                text = rest;
-            }
-        }
-        found
-    }
-}
-
-type Parameters = Vec<(String, String)>;
-
-/// The first challenge of a header's value, and what follows it.
-fn challenge(text: &str) -> Option<(&str, Parameters, &str)> {
-    let text = text.trim_start_matches([' ', ',', '\t']);
-    let end = text.find([' ', ',']).unwrap_or(text.len());
-    let (scheme, mut rest) = text.split_at(end);
-    if scheme.is_empty() {
-        return None;
-    }
-    let mut parameters = Vec::new();
-    loop {
-        let next = rest.trim_start_matches([' ', ',', '\t']);
-        let Some(equals) = next.find('=') else { return Some((scheme, parameters, "")) };
-        let name = next[..equals].trim_end();
-        if name.contains([' ', ',']) || name.is_empty() {
-            // The name of another scheme comes first.
-            return Some((scheme, parameters, next));
-        }
-        let value = &next[equals + 1..];
-        if let Some(quoted) = value.strip_prefix('"') {
-            let mut text = String::new();
-            let mut characters = quoted.char_indices();
-            let mut end = quoted.len();
-            while let Some((at, character)) = characters.next() {
-                match character {
-                    '"' => {
-                        end = at + 1;
-                        break;
-                    }
-                    '\\' => text.extend(characters.next().map(|(_, c)| c)),
-                    other => text.push(other),
-                }
-            }
-            parameters.push((name.to_owned(), text));
-            rest = &quoted[end..];
-        } else {
-            let end = value.find([',', ' ']).unwrap_or(value.len());
-            parameters.push((name.to_owned(), value[..end].to_owned()));
-            rest = &value[end..];
-        }
-    }
-}
-
 fn accept() -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(header::ACCEPT, HeaderValue::from_static(ACCEPT));
@@ -1256,40 +1182,6 @@ async fn failure(url: &Url, response: Response<Incoming>) -> Error {
 mod tests {
     use super::*;
 
-    fn headers(values: &[&str]) -> HeaderMap {
-        values.iter().map(|v| (header::WWW_AUTHENTICATE, v.parse().unwrap())).collect()
-    }
-
-    #[test]
-    fn challenges_are_understood() {
-        let bearer = |realm: &str, service: Option<&str>, scope: Option<&str>| {
-            Some(Challenge::Bearer {
-                realm: realm.into(),
-                service: service.map(Into::into),
-                scope: scope.map(Into::into),
-            })
-        };
-        for (values, want) in [
-            (&["Basic realm=\"x\""][..], Some(Challenge::Basic)),
-            (
-                &["Bearer realm=\"https://a/t\",service=\"s\",scope=\"repository:a/b:pull,push\""],
-                bearer("https://a/t", Some("s"), Some("repository:a/b:pull,push")),
-            ),
-            (&["Basic realm=\"x\", Bearer realm=\"https://a\""], bearer("https://a", None, None)),
-            (
-                &["Negotiate", "bearer Realm=https://a , service=s"],
-                bearer("https://a", Some("s"), None),
-            ),
-            (&["Bearer realm=\"a\\\"b\""], bearer("a\"b", None, None)),
-            (&["Bearer service=\"x\""], None),
-            (&["Negotiate"], None),
-            (&[""], None),
-            (&["Bearer realm=\"unterminated"], bearer("unterminated", None, None)),
-        ] {
-            assert_eq!(Challenge::parse(&headers(values)), want, "{values:?}");
-        }
-    }
-
     #[test]
     fn secrets_are_not_shown() {
         let auth = Auth {
@@ -1315,6 +1207,8 @@ mod tests {
             headers: HeaderMap::new(),
             tls: Tls::default(),
             dial_timeout: None,
+            push: true,
+            from: None,
         };
         let hub = host("https://registry-1.docker.io/v2", true);
         for address in ["https://index.docker.io/v1/", "docker.io", "registry-1.docker.io"] {

@@ -43,13 +43,22 @@ impl Dirs {
     /// Makes them. Only root may look in: layers have other people's setuid files and devices.
     pub(super) fn create(&self) -> io::Result<()> {
         use std::os::unix::fs::DirBuilderExt;
-        for path in [self.layers(), self.ingest(), self.snapshots(), self.layers().join(EMPTY)] {
+        for path in [
+            self.layers(),
+            self.recipes(),
+            self.ingest(),
+            self.snapshots(),
+            self.layers().join(EMPTY),
+        ] {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         }
         Ok(())
     }
     pub(super) fn layers(&self) -> PathBuf {
         self.root.join("layers")
+    }
+    pub(super) fn recipes(&self) -> PathBuf {
+        self.root.join("recipes")
     }
     pub(super) fn ingest(&self) -> PathBuf {
         self.root.join("ingest")

@@ -9,7 +9,10 @@ use std::{
 
 use sha2::{Digest as _, Sha256};
 
-use super::unpack::{self, Unpacked};
+use super::{
+    recipe::Recorder,
+    unpack::{self, Unpacked},
+};
 use crate::id::Digest;
 
 /// Buffer between inflate and tar, in bytes: large enough that most files are one write(2).
@@ -70,19 +73,21 @@ pub struct Expected {
     pub limit: u64,
 }
 
-/// Unpacks the layer that `source` yields into the new directory `path`. Blocks. On an error the
-/// directory may be there: the caller removes it.
+/// Unpacks the layer that `source` yields into the new directory `path`, and its recipe into the new
+/// directory `recipe`. Blocks. On an error the directories may be there: the caller removes them.
 pub fn unpack_layer(
     source: impl Read,
     expected: &Expected,
     path: &Path,
+    recipe: &Path,
 ) -> Result<Unpacked, Error> {
     std::fs::create_dir(path).map_err(Error::Directory)?;
     let root = unpack::open_root(path).map_err(Error::Directory)?;
+    let recorder = Recorder::create(recipe).map_err(Error::Directory)?;
 
     let mut content = Hashed::new(source, expected.content.as_ref().map(|(_, size)| *size));
     let mut plain = Plain::new(inflate(&mut content).map_err(source_error)?, expected.limit);
-    let result = unpack::unpack(&mut plain, root.as_fd());
+    let result = unpack::unpack(&mut plain, root.as_fd(), Some(recorder));
     let (too_large, diff_id) = (plain.too_large, plain.hash.clone());
     drop(plain);
 

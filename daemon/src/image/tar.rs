@@ -11,6 +11,8 @@ use std::{
     io::{self, BufRead},
 };
 
+use super::recipe::Recorder;
+
 /// Size of a header and the unit that data is padded to, in bytes.
 const BLOCK: usize = 512;
 
@@ -109,12 +111,24 @@ pub struct Archive<R> {
     /// Padding behind it.
     padding: u64,
     globals: BTreeMap<Vec<u8>, Vec<u8>>,
+    /// Gets all bytes that are not an entry's data.
+    recorder: Option<Recorder>,
 }
 
 impl<R: BufRead> Archive<R> {
     /// Reads from `source`, which should be buffered well: data is copied out of its buffer.
     pub fn new(source: R) -> Self {
-        Self { source, at: 0, left: 0, padding: 0, globals: BTreeMap::new() }
+        Self { source, at: 0, left: 0, padding: 0, globals: BTreeMap::new(), recorder: None }
+    }
+
+    /// The same; all but the data that [`Archive::data`] gives goes to `recorder` as well.
+    pub fn recorded(source: R, recorder: Recorder) -> Self {
+        Self { recorder: Some(recorder), ..Self::new(source) }
+    }
+
+    /// Who writes down what is read.
+    pub(super) fn recorder(&mut self) -> Option<&mut Recorder> {
+        self.recorder.as_mut()
     }
 
     /// The next entry, or `None` at the end of the archive. Data that is left of the current one
@@ -180,23 +194,31 @@ impl<R: BufRead> Archive<R> {
         }
         let length = buffer.len().min(usize::try_from(wanted).unwrap_or(usize::MAX));
         let used = use_data(&buffer[..length])?;
-        self.consume(used);
+        self.source.consume(used);
+        self.at += used as u64;
         self.left -= used as u64;
         Ok(true)
     }
 
-    /// Reads what follows the archive to its end, as the digest covers that too.
-    pub fn finish(mut self) -> Result<R, Error> {
+    /// Reads what follows the archive to its end, as the digest covers that too. Gives back what the
+    /// reader was made of.
+    pub fn finish(mut self) -> Result<(R, Option<Recorder>), Error> {
         loop {
             let length = self.source.fill_buf()?.len();
             if length == 0 {
-                return Ok(self.source);
+                return Ok((self.source, self.recorder));
             }
             self.consume(length);
         }
     }
 
+    /// Passes bytes that are in the source's buffer.
     fn consume(&mut self, length: usize) {
+        if let Some(recorder) = &mut self.recorder
+            && let Ok(buffer) = self.source.fill_buf()
+        {
+            recorder.bytes(&buffer[..length]);
+        }
         self.source.consume(length);
         self.at += length as u64;
     }

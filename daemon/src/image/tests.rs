@@ -24,28 +24,31 @@ use super::{
 use crate::error::chain;
 
 /// An image store in a directory of its own.
-struct Node {
-    dir: tempfile::TempDir,
-    images: Images,
+pub(super) struct Node {
+    pub(super) dir: tempfile::TempDir,
+    pub(super) images: Images,
 }
 
 fn config(dir: &Path) -> config::Images {
     config::Images {
         hosts_dir: dir.join("certs.d"),
         registries_conf: None,
+        auth_file: None,
+        policy: None,
         insecure_registries: Vec::new(),
         max_parallel_layers: 4,
         stall_timeout: Duration::from_millis(1500),
+        pull_timeout: Duration::from_secs(120),
         max_layer_size: 64 << 20,
     }
 }
 
 impl Node {
-    async fn new() -> Self {
+    pub(super) async fn new() -> Self {
         Self::with(|_| {}).await
     }
 
-    async fn with(change: impl Fn(&mut config::Images)) -> Self {
+    pub(super) async fn with(change: impl Fn(&mut config::Images)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config(dir.path());
         change(&mut config);
@@ -54,7 +57,7 @@ impl Node {
     }
 
     /// As after a crash of the daemon: nothing is told to the one before.
-    async fn again(self) -> Self {
+    pub(super) async fn again(self) -> Self {
         let Self { dir, images } = self;
         let config = images.shared.config.clone();
         drop(images);
@@ -63,28 +66,33 @@ impl Node {
         Self { dir, images }
     }
 
-    fn hosts(&self, registry: &str, text: &str) {
+    pub(super) fn hosts(&self, registry: &str, text: &str) {
         let dir = self.dir.path().join("certs.d").join(registry);
         std::fs::create_dir_all(&dir).unwrap();
         std::fs::write(dir.join("hosts.toml"), text).unwrap();
     }
 
+    /// A file in the node's own directory.
+    pub(super) fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.dir.path().join(name), text).unwrap();
+    }
+
     /// Everything in the store's directories.
-    fn files(&self) -> std::collections::BTreeMap<String, String> {
+    pub(super) fn files(&self) -> std::collections::BTreeMap<String, String> {
         let mut all = listing(&self.dir.path().join("images"));
         // Times of the directories themselves change with each attempt.
-        for name in ["\"\"", "\"layers\"", "\"ingest\"", "\"snapshots\""] {
+        for name in ["\"\"", "\"layers\"", "\"recipes\"", "\"ingest\"", "\"snapshots\""] {
             all.remove(name);
         }
         all
     }
 
-    async fn pull(&self, reference: &str) -> Result<Arc<Image>, Error> {
+    pub(super) async fn pull(&self, reference: &str) -> Result<Arc<Image>, Error> {
         self.images.pull(reference, None, None).await
     }
 
     /// The pull fails, says `part`, and the node is as before.
-    async fn refuses(&self, reference: &str, part: &str) -> Kind {
+    pub(super) async fn refuses(&self, reference: &str, part: &str) -> Kind {
         let (files, list) = (self.files(), self.images.list().len());
         let usage = self.images.fs_usage();
         let error = self.pull(reference).await.expect_err(part);
@@ -97,17 +105,27 @@ impl Node {
     }
 }
 
+/// The layers' archives, made again.
+fn archives(image: &Image) -> Vec<Vec<u8>> {
+    let again = |layer: Arc<layers::Layer>| {
+        let mut archive = Vec::new();
+        let mut rebuilt = layer.archive().unwrap();
+        std::io::Read::read_to_end(&mut rebuilt, &mut archive).map(|_| archive).unwrap()
+    };
+    image.hold_layers().into_iter().map(again).collect()
+}
+
 async fn open(dir: &Path, config: config::Images) -> Images {
     let store = Store::open(&dir.join("db")).unwrap();
     let registries = Registries::new(config.clone()).with_back_off(Duration::from_millis(10));
     Images::open_with(&dir.join("images"), config, store, registries).await.unwrap()
 }
 
-fn auth(username: &str, password: &str) -> Option<Auth> {
+pub(super) fn auth(username: &str, password: &str) -> Option<Auth> {
     Some(Auth { username: username.into(), password: password.into(), ..Auth::default() })
 }
 
-fn base() -> Vec<u8> {
+pub(super) fn base() -> Vec<u8> {
     Tar::new()
         .header(&Header { path: b"./", kind: b'5', mode: 0o750, uid: 3, ..Header::default() })
         .dir("etc")
@@ -117,14 +135,15 @@ fn base() -> Vec<u8> {
         .end()
 }
 
-fn layer(name: &str) -> Vec<u8> {
+pub(super) fn layer(name: &str) -> Vec<u8> {
     Tar::new().dir("etc").file(&format!("etc/{name}"), name).end()
 }
 
 #[tokio::test]
 async fn a_pulled_image_is_found_by_all_its_names_and_survives_a_restart() {
     let registry = FakeRegistry::start().await;
-    let image = TestImage::new(&[base(), layer("one"), layer("two"), layer("three")]);
+    let plain = [base(), layer("one"), layer("two"), layer("three")];
+    let image = TestImage::new(&plain);
     registry.put("a/b", "1", &image);
     let node = Node::new().await;
     let name = registry.reference("a/b:1");
@@ -152,6 +171,7 @@ async fn a_pulled_image_is_found_by_all_its_names_and_survives_a_restart() {
     }
     let config = node.images.raw_config(&pulled).await.unwrap();
     assert_eq!(config.as_bytes(), image.config);
+    assert!(archives(&node.images.find(&name).unwrap()) == plain, "other archives came back");
     assert!(node.images.fs_usage().used_bytes > 300_000);
 
     // A restart finds everything: nothing is asked for again but the name.
@@ -312,12 +332,14 @@ async fn what_a_crash_leaves_is_removed_and_what_is_incomplete_is_not_shown() {
     let root = node.dir.path().join("images");
     std::fs::create_dir_all(root.join("layers/900/x")).unwrap();
     std::fs::create_dir_all(root.join("ingest/901/x")).unwrap();
+    std::fs::create_dir_all(root.join("ingest/902.recipe")).unwrap();
+    std::fs::create_dir_all(root.join("recipes/903/0")).unwrap();
     std::fs::create_dir_all(root.join("snapshots").join(ContainerId::random()).join("upper"))
         .unwrap();
     let node = node.again().await;
     assert_eq!(node.files(), before);
     // No number is used twice, not even that of what was just removed.
-    assert!(node.images.shared.layers.number() > 901);
+    assert!(node.images.shared.layers.number() > 903);
 
     let number = other.layers()[0].to_string();
     std::fs::rename(root.join("layers").join(&number), node.dir.path().join("lost")).unwrap();
@@ -1031,7 +1053,7 @@ async fn callers_join_a_pull_and_may_leave() {
         held.then(|| response(503, ""))
     });
     let name = registry.reference("a:1");
-    let first = node.images.pull_with_progress(&name, None, None).unwrap();
+    let first = node.images.pull_with_progress(&name, None, None, Caller::Lasting).unwrap();
     let mut watched = first.progress.clone();
     // The one who began it goes away.
     drop(first);
@@ -1109,13 +1131,17 @@ async fn implied_directories_look_like_those_below() {
     let top = Tar::new()
         .file("usr/lib/listed-nowhere", "1")
         .file("lib/through-link", "2")
+        .file("usr/lib/both", "the lower one")
+        .file("lib/both", "the one that is seen")
+        .file("usr/lib/sub", "where the other has a directory")
         .file("lib/sub/deep", "3")
         .file("srv/data", "4")
         .file("gone/new", "5")
         .file("loop/x", "6")
         .file("fresh/y", "7")
         .end();
-    registry.put("a", "1", &TestImage::labelled(&[below, middle, top.clone()], "three"));
+    let three = [below, middle, top.clone()];
+    registry.put("a", "1", &TestImage::labelled(&three, "three"));
     // The same layer on nothing: it is another directory.
     registry.put("a", "2", &TestImage::labelled(std::slice::from_ref(&top), "alone"));
     let image = node.pull(&registry.reference("a:1")).await.unwrap();
@@ -1144,7 +1170,9 @@ async fn implied_directories_look_like_those_below() {
         expect("files of both", text("lib/old") == "old" && text("usr/lib/listed-nowhere") == "1");
         expect(
             "through the link",
-            text("usr/lib/through-link") == "2" && text("usr/lib/sub/deep") == "3",
+            text("usr/lib/through-link") == "2"
+                && text("usr/lib/sub/deep") == "3"
+                && text("lib/both") == "the one that is seen",
         );
         expect("sticky", meta("srv").mode() & 0o7777 == 0o1777);
         let mut value = [0; 8];
@@ -1163,6 +1191,8 @@ async fn implied_directories_look_like_those_below() {
     let wrong = check();
     rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).unwrap();
     assert_eq!(wrong, None);
+    // Files were moved, and one of two of a name is gone: the archives are the same all the same.
+    assert!(archives(&image) == three && archives(&alone) == [top]);
     // And it is found again for the same layers below, also after a restart.
     let node = node.again().await;
     drop((image, alone));
@@ -1291,7 +1321,8 @@ async fn a_shutdown_ends_pulls_and_leaves_nothing() {
             .then(|| broken(&blob[..200], blob.len(), true))
     });
     let empty = node.files();
-    let flight = node.images.pull_with_progress(&registry.reference("a:1"), None, None).unwrap();
+    let name = registry.reference("a:1");
+    let flight = node.images.pull_with_progress(&name, None, None, Caller::Lasting).unwrap();
     let mut progress = flight.progress.clone();
     progress.wait_for(|p| p.layers.first().is_some_and(|l| l.received > 0)).await.unwrap();
     let begun = Instant::now();

@@ -33,6 +33,7 @@ use rustix::{
 };
 
 use super::{
+    recipe::{Kept, Recorder},
     tar::{self, Archive, Entry, Kind, Time},
     tree,
 };
@@ -82,6 +83,17 @@ pub struct Unpacked {
     /// Directories that the archive implies but does not list, parents first. They have mode 0755,
     /// owner 0:0.
     pub implied: Vec<PathBuf>,
+    /// What of it the recipe must look for elsewhere; `None`: no recipe was asked for.
+    pub kept: Option<Kept>,
+}
+
+/// An open directory of the layer.
+struct Parent {
+    /// As the archive names it.
+    named: Vec<u8>,
+    /// Without links.
+    real: Vec<u8>,
+    fd: OwnedFd,
 }
 
 /// What a directory gets at the end.
@@ -102,24 +114,35 @@ struct Attributes {
 }
 
 /// Unpacks the archive into `root`, an empty directory that nobody else uses, to the end of the
-/// stream. On an error `root` is left as it is: the caller removes it.
-pub fn unpack<R: BufRead>(source: R, root: BorrowedFd<'_>) -> Result<Unpacked, Error> {
-    let mut archive = Archive::new(source);
+/// stream. How to make the archive again goes to `recorder`. On an error `root` is left as it is:
+/// the caller removes it.
+pub fn unpack<R: BufRead>(
+    source: R,
+    root: BorrowedFd<'_>,
+    recorder: Option<Recorder>,
+) -> Result<Unpacked, Error> {
+    let mut archive = match recorder {
+        Some(recorder) => Archive::recorded(source, recorder),
+        None => Archive::new(source),
+    };
     let mut layer =
         Layer { root, parent: None, directories: BTreeMap::new(), done: Unpacked::default() };
     layer.directories.insert(Vec::new(), Directory::default());
     while let Some(entry) = archive.entry()? {
         layer.place(entry, &mut archive)?;
     }
-    archive.finish()?;
+    if let (_, Some(recorder)) = archive.finish()? {
+        let write = |source| Error::Write { path: "its recipe".to_owned(), source };
+        layer.done.kept = Some(recorder.finish().map_err(write)?);
+    }
     layer.finish()
 }
 
 struct Layer<'a> {
     root: BorrowedFd<'a>,
     /// The directory of the entry before: most archives list a directory's files in a row.
-    parent: Option<(Vec<u8>, OwnedFd)>,
-    /// By cleaned path; the root is the empty one.
+    parent: Option<Parent>,
+    /// By their path without links; the root is the empty one.
     directories: BTreeMap<Vec<u8>, Directory>,
     done: Unpacked,
 }
@@ -146,18 +169,20 @@ impl Layer<'_> {
             return self.whiteout(&entry, parent_path, hidden);
         }
         check_xattrs(&entry.xattrs).map_err(refuse)?;
-        self.enter(parent_path, &entry.path)?;
+        let parent = self.enter(parent_path, &entry.path)?;
+        let path = join(&parent.real, name);
         let name = OsStr::from_bytes(name);
-        let parent = self.parent.as_ref().expect("just entered").1.try_clone();
+        let parent = parent.fd.try_clone();
         let parent = parent.map_err(|source| Error::Write { path: shown(), source })?;
         let parent = parent.as_fd();
+        let recorder = archive.recorder();
         match &entry.kind {
             Kind::Directory => {
                 if let Err(e) = rustix::fs::mkdirat(parent, name, Mode::RWXU) {
                     if e != Errno::EXIST {
                         return Err(write(e));
                     }
-                    let cleared = self.clear(parent, name, &path, true).map_err(write)?;
+                    let cleared = self.clear(parent, name, &path, true, recorder).map_err(write)?;
                     if cleared != Cleared::Kept {
                         rustix::fs::mkdirat(parent, name, Mode::RWXU).map_err(write)?;
                         self.count(0);
@@ -180,14 +205,14 @@ impl Layer<'_> {
                 let open = || rustix::fs::openat(parent, name, flags, mode);
                 let file = match open() {
                     Err(Errno::EXIST) => {
-                        self.clear(parent, name, &path, false).map_err(write)?;
+                        self.clear(parent, name, &path, false, recorder).map_err(write)?;
                         open()
                     }
                     other => other,
                 }
                 .map_err(write)?;
                 let file = std::fs::File::from(file);
-                let stored = copy(archive, &entry, &file)?;
+                let stored = copy(archive, &entry, &path, &file)?;
                 self.count(stored);
                 rustix::fs::fchown(&file, uid(entry.uid), gid(entry.gid)).map_err(write)?;
                 rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode as RawMode))
@@ -200,7 +225,9 @@ impl Layer<'_> {
                 rustix::fs::futimens(&file, &times(entry.mtime)).map_err(write)?;
                 return Ok(());
             }
-            Kind::HardLink(target) => return self.hard_link(&entry, target, parent, name, &path),
+            Kind::HardLink(target) => {
+                return self.hard_link(&entry, target, parent, name, &path, recorder);
+            }
             _ => {}
         }
         // What is left is made by one call and changed by name. Nobody else can be in this
@@ -216,7 +243,7 @@ impl Layer<'_> {
         };
         match make() {
             Err(Errno::EXIST) => {
-                self.clear(parent, name, &path, false).map_err(write)?;
+                self.clear(parent, name, &path, false, recorder).map_err(write)?;
                 make()
             }
             other => other,
@@ -257,8 +284,8 @@ impl Layer<'_> {
     fn whiteout(&mut self, entry: &Entry, parent_path: &[u8], hidden: &[u8]) -> Result<(), Error> {
         let write = |e: Errno| Error::Write { path: show(&entry.path), source: e.into() };
         if hidden == b".wh..opq" {
-            self.enter(parent_path, &entry.path)?;
-            self.directories.entry(parent_path.to_vec()).or_default().opaque = true;
+            let real = self.enter(parent_path, &entry.path)?.real.clone();
+            self.directories.entry(real).or_default().opaque = true;
             return Ok(());
         }
         if hidden.starts_with(b".wh.") {
@@ -271,10 +298,10 @@ impl Layer<'_> {
                 rule: "a whiteout must name what it hides",
             });
         }
-        let path = [parent_path, b"/", hidden].concat();
-        let path = path.strip_prefix(b"/").unwrap_or(&path).to_vec();
-        self.enter(parent_path, &entry.path)?;
-        let parent = &self.parent.as_ref().expect("just entered").1;
+        let parent = self.enter(parent_path, &entry.path)?;
+        let path = join(&parent.real, hidden);
+        let parent = parent.fd.try_clone();
+        let parent = parent.map_err(|source| Error::Write { path: show(&entry.path), source })?;
         let name = OsStr::from_bytes(hidden);
         match mknod(parent.as_fd(), name, FileType::CharacterDevice, 0, 0) {
             Ok(()) => self.count(0),
@@ -299,6 +326,7 @@ impl Layer<'_> {
         parent: BorrowedFd<'_>,
         name: &OsStr,
         path: &[u8],
+        recorder: Option<&mut Recorder>,
     ) -> Result<(), Error> {
         let refuse = |rule| Error::Refused { path: show(&entry.path), rule };
         let write = |e: Errno| Error::Write { path: show(&entry.path), source: e.into() };
@@ -333,7 +361,7 @@ impl Layer<'_> {
                 if (old.st_dev, old.st_ino) == (new.st_dev, new.st_ino) {
                     return Ok(());
                 }
-                self.clear(parent, name, path, false).map_err(write)?;
+                self.clear(parent, name, path, false, recorder).map_err(write)?;
                 link()
             }
             other => other,
@@ -346,23 +374,36 @@ impl Layer<'_> {
     }
 
     /// Makes the directory `path` the current parent; it and those above it are made if missing.
-    fn enter(&mut self, path: &[u8], entry: &[u8]) -> Result<(), Error> {
-        if self.parent.as_ref().is_some_and(|(p, _)| p == path) {
-            return Ok(());
+    fn enter(&mut self, path: &[u8], entry: &[u8]) -> Result<&Parent, Error> {
+        if self.parent.as_ref().is_none_or(|parent| parent.named != path) {
+            let refuse = |rule| Error::Refused { path: show(entry), rule };
+            let write = |e: Errno| Error::Write { path: show(entry), source: e.into() };
+            // Most have no link in their path, and then it is the real one.
+            let plain = ResolveFlags::NO_SYMLINKS;
+            let (real, fd) = match open_beneath_with(self.root, path, plain) {
+                Ok(fd) => (path.to_vec(), fd),
+                Err(_) => {
+                    let fd = match open_beneath(self.root, path) {
+                        Ok(fd) => fd,
+                        Err(Errno::NOENT | Errno::NOTDIR) => self.make_parents(path, entry)?,
+                        Err(Errno::XDEV) => {
+                            return Err(refuse(
+                                "a symbolic link in its path leads out of the layer",
+                            ));
+                        }
+                        Err(Errno::LOOP) => {
+                            return Err(refuse("symbolic links in its path form a loop"));
+                        }
+                        Err(e) => return Err(write(e)),
+                    };
+                    let real = real_path(self.root, fd.as_fd())
+                        .map_err(|source| Error::Write { path: show(entry), source })?;
+                    (real, fd)
+                }
+            };
+            self.parent = Some(Parent { named: path.to_vec(), real, fd });
         }
-        let refuse = |rule| Error::Refused { path: show(entry), rule };
-        let write = |e: Errno| Error::Write { path: show(entry), source: e.into() };
-        let fd = match open_beneath(self.root, path) {
-            Ok(fd) => fd,
-            Err(Errno::NOENT | Errno::NOTDIR) => self.make_parents(path, entry)?,
-            Err(Errno::XDEV) => {
-                return Err(refuse("a symbolic link in its path leads out of the layer"));
-            }
-            Err(Errno::LOOP) => return Err(refuse("symbolic links in its path form a loop")),
-            Err(e) => return Err(write(e)),
-        };
-        self.parent = Some((path.to_vec(), fd));
-        Ok(())
+        Ok(self.parent.as_ref().expect("just set"))
     }
 
     fn make_parents(&mut self, path: &[u8], entry: &[u8]) -> Result<OwnedFd, Error> {
@@ -396,8 +437,11 @@ impl Layer<'_> {
                         Err(e) => return Err(write(e)),
                     }
                     self.count(0);
-                    self.directories.entry(so_far.to_vec()).or_default().opaque |= opaque;
-                    open_beneath(self.root, so_far).map_err(write)?
+                    let made = open_beneath(self.root, so_far).map_err(write)?;
+                    let real = real_path(self.root, made.as_fd())
+                        .map_err(|source| Error::Write { path: show(entry), source })?;
+                    self.directories.entry(real).or_default().opaque |= opaque;
+                    made
                 }
                 Err(Errno::XDEV) => {
                     return Err(refuse("a symbolic link in its path leads out of the layer"));
@@ -416,15 +460,19 @@ impl Layer<'_> {
         name: &OsStr,
         path: &[u8],
         for_directory: bool,
+        recorder: Option<&mut Recorder>,
     ) -> Result<Cleared, Errno> {
         let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
-        if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
-            rustix::fs::unlinkat(parent, name, AtFlags::empty())?;
-        } else if for_directory {
-            return Ok(Cleared::Kept);
-        } else {
-            tree::remove_at(parent, name)
-                .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
+        let errno = |e: io::Error| Errno::from_io_error(&e).unwrap_or(Errno::IO);
+        match (kind, recorder) {
+            (FileType::Directory, _) if for_directory => return Ok(Cleared::Kept),
+            // It is part of the archive still.
+            (FileType::Directory | FileType::RegularFile, Some(recorder)) => {
+                recorder.replaced(parent, name, path).map_err(errno)?;
+            }
+            (FileType::Directory, None) => tree::remove_at(parent, name).map_err(errno)?,
+            _ => rustix::fs::unlinkat(parent, name, AtFlags::empty())?,
         }
         // What is known of paths through it (it may have been a link) is void.
         self.directories.remove(path);
@@ -490,10 +538,14 @@ enum Cleared {
 fn copy<R: BufRead>(
     archive: &mut Archive<R>,
     entry: &Entry,
+    path: &[u8],
     file: &std::fs::File,
 ) -> Result<u64, Error> {
     let whole = [(0, entry.size)];
     let pieces = entry.sparse.as_ref().map_or(&whole[..], |sparse| &sparse.pieces);
+    if let Some(recorder) = archive.recorder() {
+        recorder.content(path, pieces);
+    }
     for (offset, length) in pieces {
         let mut done = 0;
         while archive.data(length - done, |data| -> Result<usize, Error> {
@@ -566,15 +618,36 @@ fn forgive(name: &OsStr, error: Errno) -> Result<(), Errno> {
     Err(error)
 }
 
+fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {
+    if parent.is_empty() { name.to_vec() } else { [parent, b"/", name].concat() }
+}
+
+/// Where the open directory `fd` is in `root`.
+fn real_path(root: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    use std::os::fd::AsRawFd;
+    let name = |fd: BorrowedFd<'_>| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    let (base, full) = (name(root)?, name(fd)?);
+    let inside = full.strip_prefix(&base).map_err(|_| io::ErrorKind::NotFound)?;
+    Ok(inside.as_os_str().as_bytes().to_vec())
+}
+
 /// Opens a directory beneath `root`; links are followed as long as they stay there.
 fn open_beneath(root: BorrowedFd<'_>, path: &[u8]) -> Result<OwnedFd, Errno> {
+    open_beneath_with(root, path, ResolveFlags::empty())
+}
+
+fn open_beneath_with(
+    root: BorrowedFd<'_>,
+    path: &[u8],
+    more: ResolveFlags,
+) -> Result<OwnedFd, Errno> {
     let path = if path.is_empty() { b"." } else { path };
     rustix::fs::openat2(
         root,
         OsStr::from_bytes(path),
         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
-        ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS,
+        ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | more,
     )
 }
 

@@ -19,7 +19,7 @@ fn unpack_to(dir: &Path, archive: &[u8]) -> Result<Unpacked, Error> {
     std::fs::create_dir(dir).unwrap();
     let root = open_root(dir).unwrap();
     // A small buffer: data and headers are cut at odd places.
-    unpack(BufReader::with_capacity(700, archive), root.as_fd())
+    unpack(BufReader::with_capacity(700, archive), root.as_fd(), None)
 }
 
 /// Unpacks into a directory of its own.
@@ -598,7 +598,7 @@ proptest! {
         prop_assert_eq!(read, data);
         prop_assert!(reader.entry().unwrap().is_none());
         let mut rest = Vec::new();
-        reader.finish().unwrap().read_to_end(&mut rest).unwrap();
+        reader.finish().unwrap().0.read_to_end(&mut rest).unwrap();
         prop_assert!(rest.is_empty());
     }
 }

@@ -80,9 +80,6 @@ pub(super) fn check(pod: &PodRef<'_>, container: &ContainerConfig) -> Result<(),
         if mount.image.is_some() && !mount.readonly {
             return refuse(".readonly", "an image can be mounted read-only only".to_owned());
         }
-        if mount.image.is_none() && !mount.image_sub_path.is_empty() {
-            return refuse(".image_sub_path", "it needs an image".to_owned());
-        }
         if mount.image.is_some() && mount.propagation != Propagation::Private {
             return refuse(".propagation", "an image's mount has no propagation".to_owned());
         }

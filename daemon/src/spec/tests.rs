@@ -178,6 +178,20 @@ fn device(path: &str, block: bool, (major, minor): (u32, u32)) -> DeviceNode {
     DeviceNode { path: path.into(), block, major, minor, mode: 0o660, uid: 0, gid: 6 }
 }
 
+/// The kubelet fills `image_sub_path` from a volume mount's `subPath` whatever the volume is.
+#[test]
+fn an_image_sub_path_without_an_image_means_nothing() {
+    let mounted = |image_sub_path: &str| {
+        Scene::with(|s| {
+            let mount =
+                Mount { image_sub_path: image_sub_path.into(), ..bind("/srv/one", "/data") };
+            s.mount(mount, HostPropagation::Private);
+        })
+        .json()
+    };
+    assert_eq!(mounted("one"), mounted(""));
+}
+
 /// Keys in order, and sets in order: the library keeps both in hash tables.
 fn sorted(value: Value) -> Value {
     match value {
