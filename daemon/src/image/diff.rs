@@ -78,7 +78,7 @@ impl Snapshot {
         let failed = |source| Error::Snapshot { doing: "restore", id: id.clone(), source };
         let root = unpack::open_root(&self.upper).map_err(failed)?;
         let source = stream::inflate(changes).map_err(failed)?;
-        let Unpacked { implied, .. } = unpack::unpack(BufReader::new(source), root.as_fd())
+        let Unpacked { implied, .. } = unpack::unpack(BufReader::new(source), root.as_fd(), None)
             .map_err(|error| failed(io::Error::other(crate::error::chain(&error))))?;
         if let Some(layers) = &self.layers {
             layers::fit(&self.upper, &implied, layers, &self.dirs.ingest(), &mut None)

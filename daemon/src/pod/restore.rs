@@ -93,7 +93,7 @@ impl Restore {
         }
         let root = unpack::open_root(shm).map_err(io_at("open", shm))?;
         use std::os::fd::AsFd;
-        unpack::unpack(io::BufReader::new(content), root.as_fd())
+        unpack::unpack(io::BufReader::new(content), root.as_fd(), None)
             .map(drop)
             .map_err(|error| io_at("unpack", &path)(io::Error::other(chain(&error))))
     }
