@@ -49,9 +49,10 @@ endif
 TEST_BIN   := $(TARGET_DIR)/test-bin
 
 # What Debian has of the things that are run: the OCI runtimes, the CNI plugins and what they call,
-# a registry, and the content of test images.
+# a registry, the content of test images, and other shims and runtimes to test against. No service of
+# theirs is started.
 PACKAGES   := runc crun containernetworking-plugins iproute2 iptables nftables docker-registry \
-              busybox-static python3 ca-certificates gcc libc6-dev
+              busybox-static python3 ca-certificates gcc libc6-dev containerd runsc
 
 ##@ Building
 .PHONY: build
@@ -85,6 +86,9 @@ deps: ## installs the Debian packages that building and running need, if any is 
 	if [ "$$(id -u)" -ne 0 ]; then echo "deps: missing $${missing[*]}: run 'sudo make deps'" >&2; exit 1; fi; \
 	echo "deps: installing $${missing[*]}"; \
 	export DEBIAN_FRONTEND=noninteractive; \
+	if [ ! -e /usr/sbin/policy-rc.d ]; then \
+	  trap 'rm -f /usr/sbin/policy-rc.d' EXIT; \
+	  printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d; chmod 755 /usr/sbin/policy-rc.d; fi; \
 	apt-get update -q && apt-get install -q -y --no-install-recommends "$${missing[@]}"
 
 .PHONY: check

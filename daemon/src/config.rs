@@ -25,6 +25,8 @@ use raw::{
     RawRuntime, RawStreaming,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::{Kind, Kinded};
 
 /// Where the configuration is when the command line names no file.
@@ -151,10 +153,58 @@ pub enum Handler {
         privileged_without_host_devices: bool,
     },
     /// Another implementation of containerd's shim v2.
-    Foreign {
-        /// Name or path of the shim binary.
-        shim: PathBuf,
-    },
+    Foreign(ForeignHandler),
+}
+
+impl Handler {
+    /// What runs the containers, as far as it is known: the OCI command line, else the shim.
+    pub fn runtime(&self) -> &Path {
+        match self {
+            Handler::Oci { path, .. } => path,
+            Handler::Foreign(foreign) => foreign.path.as_deref().unwrap_or(&foreign.shim),
+        }
+    }
+
+    /// Whether a privileged container gets only the devices that it asks for.
+    pub fn privileged_without_host_devices(&self) -> bool {
+        match self {
+            Handler::Oci { privileged_without_host_devices, .. } => {
+                *privileged_without_host_devices
+            }
+            Handler::Foreign(foreign) => foreign.privileged_without_host_devices,
+        }
+    }
+}
+
+/// How another shim is driven.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForeignHandler {
+    /// Name or path of the shim binary.
+    pub shim: PathBuf,
+    /// The OCI command line that it is to drive: then it is given `containerd.runc.v1.Options`.
+    #[serde(default)]
+    pub path: Option<PathBuf>,
+    /// A file of the shim's own options: then it is given `runtimeoptions.v1.Options`.
+    #[serde(default)]
+    pub options: Option<PathBuf>,
+    /// What it is given for the pod itself.
+    #[serde(default)]
+    pub sandbox: Sandboxing,
+    /// A privileged container gets only the devices that it asks for.
+    #[serde(default)]
+    pub privileged_without_host_devices: bool,
+}
+
+/// What a foreign shim is given for a pod itself, besides its containers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sandboxing {
+    /// A container that only waits, made first and named as the pod: what every shim knows that was
+    /// written for Kubernetes.
+    #[default]
+    Container,
+    /// Nothing: containers join the pod's namespaces.
+    None,
 }
 
 /// Who makes a container's cgroup.
@@ -292,11 +342,16 @@ impl Config {
     /// default configuration names both runc and crun, and a node may have but one of them.
     pub fn missing_programs(&self) -> Vec<(String, PathBuf)> {
         let handlers = self.runtime.handlers.iter().map(|(name, handler)| match handler {
-            Handler::Oci { path, .. } => (format!("runtime.handlers.{name}.path"), path.clone()),
-            Handler::Foreign { shim } => (format!("runtime.handlers.{name}.shim"), shim.clone()),
+            Handler::Oci { path, .. } => vec![(format!("runtime.handlers.{name}.path"), path)],
+            Handler::Foreign(foreign) => {
+                let path = foreign.path.as_ref();
+                std::iter::once((format!("runtime.handlers.{name}.shim"), &foreign.shim))
+                    .chain(path.map(|path| (format!("runtime.handlers.{name}.path"), path)))
+                    .collect()
+            }
         });
         std::iter::once(("runtime.shim".to_owned(), self.runtime.shim.clone()))
-            .chain(handlers)
+            .chain(handlers.flatten().map(|(key, program)| (key, program.clone())))
             .filter(|(_, program)| find_program(program).is_none())
             .collect()
     }
@@ -451,29 +506,57 @@ fn handlers(
                 "a handler's name has up to 63 lower-case letters, digits and -, as in a RuntimeClass",
             ));
         }
-        let handler = match (handler.path, handler.shim) {
-            (Some(path), None) => Handler::Oci {
-                path: Key { layers, key: format!("{key}.path") }.program(&path)?,
-                privileged_without_host_devices: handler
-                    .privileged_without_host_devices
-                    .unwrap_or_default(),
-            },
-            (None, Some(_)) if handler.privileged_without_host_devices.is_some() => {
-                return Err(at.bad(
-                    "{ privileged_without_host_devices, shim }",
-                    "privileged_without_host_devices needs `path`: a foreign shim decides for itself",
-                ));
+        let of = |key_of: &str| Key { layers, key: format!("{key}.{key_of}") };
+        let privileged_without_host_devices =
+            handler.privileged_without_host_devices.unwrap_or_default();
+        let program = |name: &str, value: Option<String>| {
+            value.map(|value| of(name).program(&value)).transpose()
+        };
+        let (path, shim) = (program("path", handler.path)?, program("shim", handler.shim)?);
+        let handler = match (path, shim) {
+            (Some(path), None) => {
+                for (name, given) in [("options", &handler.options), ("sandbox", &handler.sandbox)]
+                {
+                    if let Some(given) = given {
+                        return Err(of(name).bad_text(given, "it needs `shim`"));
+                    }
+                }
+                Handler::Oci { path, privileged_without_host_devices }
             }
-            (None, Some(shim)) => Handler::Foreign {
-                shim: Key { layers, key: format!("{key}.shim") }.program(&shim)?,
-            },
+            (path, Some(shim)) => {
+                let name = shim.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                // It runs runc whether or not it is told to, but must be told how.
+                let runs_runc = name.starts_with("containerd-shim-runc-");
+                let options = match handler.options.as_deref() {
+                    None => None,
+                    Some(given) if path.is_some() || runs_runc => {
+                        let rule = "a shim that drives an OCI runtime of `path` has other options";
+                        return Err(of("options").bad_text(given, rule));
+                    }
+                    Some(given) => of("options").optional(given)?,
+                };
+                if path.is_none() && !runs_runc && privileged_without_host_devices {
+                    return Err(at.bad(
+                        "{ privileged_without_host_devices, shim }",
+                        "privileged_without_host_devices needs `path`: a foreign shim decides for itself",
+                    ));
+                }
+                Handler::Foreign(ForeignHandler {
+                    path: path.or_else(|| runs_runc.then(|| "runc".into())),
+                    shim,
+                    options,
+                    sandbox: match handler.sandbox.as_deref() {
+                        None | Some("container") => Sandboxing::Container,
+                        Some("none") => Sandboxing::None,
+                        Some(other) => {
+                            let rule = "it must be \"container\" or \"none\"";
+                            return Err(of("sandbox").bad_text(other, rule));
+                        }
+                    },
+                    privileged_without_host_devices,
+                })
+            }
             (None, None) => return Err(at.bad("{}", "it must have `path` or `shim`")),
-            (Some(path), Some(shim)) => {
-                return Err(at.bad(
-                    &format!("{{ path = {path:?}, shim = {shim:?} }}"),
-                    "it must have only one of `path` and `shim`",
-                ));
-            }
         };
         handlers.insert(name, handler);
     }
@@ -704,14 +787,19 @@ fn raw_of(config: &Config) -> RawConfig {
                     let raw = match handler {
                         Handler::Oci { path, privileged_without_host_devices } => RawHandler {
                             path: Some(text(path)),
-                            shim: None,
                             privileged_without_host_devices: privileged_without_host_devices
                                 .then_some(true),
+                            ..RawHandler::default()
                         },
-                        Handler::Foreign { shim } => RawHandler {
-                            path: None,
-                            shim: Some(text(shim)),
-                            privileged_without_host_devices: None,
+                        Handler::Foreign(foreign) => RawHandler {
+                            path: foreign.path.as_deref().map(text),
+                            shim: Some(text(&foreign.shim)),
+                            options: foreign.options.as_deref().map(text),
+                            sandbox: (foreign.sandbox == Sandboxing::None)
+                                .then(|| "none".to_owned()),
+                            privileged_without_host_devices: foreign
+                                .privileged_without_host_devices
+                                .then_some(true),
                         },
                     };
                     (name.clone(), raw)

@@ -10,7 +10,7 @@ use tokio::process::Command;
 use tracing::{info, warn};
 
 use crate::{
-    config::{Handler, Runtime, find_program},
+    config::{ForeignHandler, Handler, Runtime, find_program},
     error::chain,
     spec::RuntimeFeatures,
 };
@@ -23,16 +23,15 @@ const ASK: Duration = Duration::from_secs(10);
 pub struct Features(HashMap<PathBuf, RuntimeFeatures>);
 
 impl Features {
-    /// Asks every OCI runtime of the configuration. One that has no such command, or is not
-    /// installed, is taken to be of OCI 1.0.2.
+    /// Asks every OCI runtime of the configuration, and every foreign shim that has one of its own.
+    /// One that has no such command, or is not installed, is taken to be of OCI 1.0.2.
     pub async fn discover(runtime: &Runtime) -> Self {
-        let paths = runtime.handlers.values().filter_map(|handler| match handler {
-            Handler::Oci { path, .. } => Some(path.clone()),
-            Handler::Foreign { .. } => None,
-        });
-        let asked = paths.map(|path| async move {
-            let features = ask(&path).await;
-            (path, features)
+        let asked = runtime.handlers.values().map(|handler| async move {
+            let features = match handler {
+                Handler::Foreign(foreign) if foreign.path.is_none() => ask_shim(foreign).await,
+                _ => ask(handler.runtime()).await,
+            };
+            (handler.runtime().to_owned(), features)
         });
         Self(futures::future::join_all(asked).await.into_iter().collect())
     }
@@ -40,6 +39,32 @@ impl Features {
     /// Those of one runtime.
     pub fn of(&self, path: &Path) -> RuntimeFeatures {
         self.0.get(path).cloned().unwrap_or_default()
+    }
+}
+
+/// What a shim's `-info` says of its runtime. Shims before containerd 2.0 have no such action.
+async fn ask_shim(handler: &ForeignHandler) -> RuntimeFeatures {
+    let Some(binary) = find_program(&handler.shim) else {
+        info!(shim = %handler.shim.display(), "shim is not installed");
+        return RuntimeFeatures::default();
+    };
+    let command = holdfast_shim::client::Command {
+        binary,
+        namespace: crate::shims::NAMESPACE.into(),
+        id: "info".into(),
+        options: crate::shims::foreign::shim_options(handler),
+        ..Default::default()
+    };
+    match command.info(ASK).await {
+        Ok(info) => {
+            info!(shim = %handler.shim.display(), name = info.name, version = info.version, "shim");
+            let features = info.features.and_then(|json| RuntimeFeatures::parse(&json).ok());
+            features.unwrap_or_default()
+        }
+        Err(error) => {
+            info!(error = %chain(&error), "the shim does not say what it can do");
+            RuntimeFeatures::default()
+        }
     }
 }
 

@@ -127,6 +127,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
                 Event::Exit { container_id, id, status, at, .. } if container_id == id => {
                     pods.exited(&container_id, at, status).await
                 }
+                Event::Oom { container_id } => {
+                    pods.oom(&container_id);
+                    true
+                }
                 _ => true,
             }
         }

@@ -9,6 +9,7 @@
 //! - `container`: making, starting, stopping and removing containers.
 //! - `exec`: ExecSync.
 //! - `checkpoint`, `restore`: to and from archives.
+//! - `foreign`: containers that somebody else's shim runs.
 //! - `recover`: what is done at start-up.
 
 mod checkpoint;
@@ -16,6 +17,7 @@ pub mod config;
 mod container;
 pub(crate) mod exec;
 mod extras;
+pub(crate) mod foreign;
 mod readback;
 mod recover;
 mod restore;
@@ -89,8 +91,10 @@ pub enum Error {
     Wrong { id: ContainerId, state: &'static str, what: &'static str },
     #[error("no runtime handler {name:?}: this node has {known}")]
     NoHandler { name: String, known: String },
-    #[error("runtime handler {0:?} is a foreign shim, which this version cannot drive yet")]
-    ForeignHandler(String),
+    #[error("shim {} is not installed: install it, or set the handler's `shim`", .0.display())]
+    NoShimBinary(PathBuf),
+    #[error("the shim of container {0} is dead: it and what it ran are being cleaned up")]
+    NoForeignShim(ContainerId),
     #[error("image {0:?} is not on this node: pull it first")]
     NoImage(String),
     #[error("the shim of pod {0} does not answer: it is being reached again, try once more")]
@@ -143,6 +147,11 @@ pub enum Error {
     Unselected { reason: String },
     #[error("there is nothing to checkpoint: {reason}")]
     NothingRuns { reason: String },
+    #[error(
+        "runtime handler {handler:?} is a foreign shim: only containers of a handler with an OCI \
+         runtime can be checkpointed and restored"
+    )]
+    ForeignCheckpoint { handler: String },
     #[error("put the checkpoint's changes into the root file system")]
     Changes { source: image::Error },
     #[error(
@@ -196,7 +205,7 @@ impl Kinded for Error {
             Error::Ambiguous(_) | Error::NoHandler { .. } => Kind::Invalid,
             Error::PodExists { .. } | Error::ContainerExists { .. } => Kind::AlreadyExists,
             Error::PodNotReady(_) | Error::Wrong { .. } => Kind::Precondition,
-            Error::ForeignHandler(_) => Kind::Unsupported,
+            Error::NoShimBinary(_) | Error::NoForeignShim(_) => Kind::Precondition,
             Error::Unreachable(_) | Error::Closed => Kind::Unavailable,
             Error::StillRuns { .. } | Error::Timeout { .. } => Kind::Deadline,
             Error::Shim { source, .. }
@@ -212,6 +221,7 @@ impl Kinded for Error {
             Error::NoMappedLayers { .. }
             | Error::RestoreUsers { .. }
             | Error::NothingRuns { .. }
+            | Error::ForeignCheckpoint { .. }
             | Error::NoBase { .. }
             | Error::OtherBase { .. } => Kind::Precondition,
             Error::Criu(source) => source.kind(),
@@ -499,12 +509,11 @@ impl Pods {
         self.index().containers.contains_key(id)
     }
 
-    fn handler(&self, name: &str) -> Result<PathBuf, Error> {
+    fn handler(&self, name: &str) -> Result<&Handler, Error> {
         let runtime = &self.services.config.runtime;
         let name = if name.is_empty() { &runtime.default } else { name };
         match runtime.handlers.get(name) {
-            Some(Handler::Oci { path, .. }) => Ok(path.clone()),
-            Some(Handler::Foreign { .. }) => Err(Error::ForeignHandler(name.to_owned())),
+            Some(handler) => Ok(handler),
             None => Err(Error::NoHandler {
                 name: name.to_owned(),
                 known: runtime.handlers.keys().cloned().collect::<Vec<_>>().join(", "),
@@ -515,9 +524,9 @@ impl Pods {
     /// Makes a pod and brings it up. A second call for the same pod joins the first, or finds what
     /// it made.
     pub async fn run(&self, config: PodConfig, handler: &str) -> Shared<PodId> {
-        let runtime = self.handler(handler).map_err(Arc::new)?;
+        let driver = self.handler(handler).map_err(Arc::new)?;
         loop {
-            let pod = self.reserve(config.clone(), handler, runtime.clone()).map_err(Arc::new)?;
+            let pod = self.reserve(config.clone(), handler, driver).map_err(Arc::new)?;
             match pod.ask(task::Request::Run).await {
                 Ok(_) => return Ok(pod.id),
                 // It was what a crash left of this pod, and is taken away now.
@@ -528,7 +537,7 @@ impl Pods {
     }
 
     /// The pod of that key; a new one if there is none.
-    fn reserve(&self, config: PodConfig, handler: &str, runtime: PathBuf) -> Result<Pod, Error> {
+    fn reserve(&self, config: PodConfig, handler: &str, driver: &Handler) -> Result<Pod, Error> {
         let mut index = self.index_mut();
         let key = key(&config);
         if let Some(pod) = index.keys.get(&key).and_then(|id| index.pods.get(id)) {
@@ -547,7 +556,11 @@ impl Pods {
             id: PodId::random(),
             config,
             handler: handler.to_owned(),
-            runtime,
+            runtime: driver.runtime().to_owned(),
+            foreign: match driver {
+                Handler::Oci { .. } => None,
+                Handler::Foreign(foreign) => Some(foreign.clone()),
+            },
             created_at: SystemTime::now(),
             state: PodState::Starting,
             endpoint: None,
@@ -696,9 +709,8 @@ impl Pods {
             ids.push(container.record.id.clone());
         }
         if containers.is_empty() {
-            let runs = |c: &&Arc<ContainerView>| {
-                matches!(c.record.state, ContainerState::Running { .. })
-            };
+            let runs =
+                |c: &&Arc<ContainerView>| matches!(c.record.state, ContainerState::Running { .. });
             ids.extend(view.containers.values().filter(runs).map(|c| c.record.id.clone()));
         }
         ids.sort();

@@ -1,6 +1,9 @@
 //! Live shims: how one is started and reached, and the socket where they report events.
 //!
-//! Owns the events listener and the connections. What an event means is the pod's business.
+//! Owns the events listener and the connections. What an event means is the pod's business. Shims of
+//! others are in [`foreign`].
+
+pub mod foreign;
 
 use std::{
     path::{Path, PathBuf},
@@ -42,6 +45,7 @@ pub struct Shims {
     systemd: bool,
     timeout: Duration,
     debug: bool,
+    foreign: foreign::Foreign,
 }
 
 impl Shims {
@@ -57,12 +61,18 @@ impl Shims {
             systemd: config.runtime.cgroup_driver == crate::config::CgroupDriver::Systemd,
             timeout: config.runtime.timeout,
             debug: config.log.level.contains("debug") || config.log.level.contains("trace"),
+            foreign: foreign::Foreign::default(),
         };
         passable_dir(&shims.bundles)?;
         for dir in [&shims.sockets, &shims.runtime_root] {
             private_dir(dir)?;
         }
         Ok(shims)
+    }
+
+    /// Our own shim's binary.
+    pub fn binary(&self) -> &Path {
+        &self.binary
     }
 
     /// Where bundles are: one directory per pod and per container, named by its id.
@@ -142,12 +152,18 @@ impl Shims {
         id: &ContainerId,
         runtime: &Path,
     ) -> Result<client::Exited, client::Error> {
+        let bundle = self.container_bundle(id);
+        if let Some(ended) = self.end_foreign(id.as_str(), &bundle).await? {
+            return Ok(ended);
+        }
         let options = Some(self.runtime_options(runtime));
         self.command(id.as_str(), &self.container_bundle(id), options).delete(BINARY).await
     }
 
-    /// The same for a pod: its helper processes, namespaces and socket.
+    /// The same for a pod: its helper processes, namespaces and socket, and what a foreign shim was
+    /// given for it.
     pub async fn delete_dead_pod(&self, id: &PodId) -> Result<client::Exited, client::Error> {
+        self.end_foreign(id.as_str(), &self.sandbox_bundle(id)).await?;
         self.command(id.as_str(), &self.pod_bundle(id), None).delete(BINARY).await
     }
 }

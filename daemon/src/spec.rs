@@ -33,6 +33,7 @@ pub mod args;
 mod caps;
 mod mounts;
 mod resources;
+mod sandbox;
 mod seccomp;
 mod seccomp_default;
 mod selinux;
@@ -40,6 +41,7 @@ pub mod user;
 
 pub use mounts::clean;
 pub use resources::{cgroups_path, own_cgroup, update};
+pub use sandbox::sandbox;
 
 /// Our AppArmor profile, where the node has it loaded.
 pub const APPARMOR_DEFAULT: &str = "holdfast-default";
@@ -207,10 +209,13 @@ impl RuntimeFeatures {
             seccomp_actions: seccomp.actions,
             apparmor: linux.apparmor.and_then(|apparmor| apparmor.enabled),
             selinux: linux.selinux.and_then(|selinux| selinux.enabled),
-            checkpoint: ["org.opencontainers.runc.checkpoint.enabled", "run.oci.crun.checkpoint.enabled"]
-                .iter()
-                .find_map(|name| features.annotations.get(*name))
-                .map(|enabled| enabled == "true"),
+            checkpoint: [
+                "org.opencontainers.runc.checkpoint.enabled",
+                "run.oci.crun.checkpoint.enabled",
+            ]
+            .iter()
+            .find_map(|name| features.annotations.get(*name))
+            .map(|enabled| enabled == "true"),
         })
     }
 

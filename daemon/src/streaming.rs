@@ -29,6 +29,7 @@ use crate::{
     pod::{
         Pods,
         exec::{Exec, Terms},
+        foreign::tasks,
     },
 };
 
@@ -120,6 +121,12 @@ impl Backend for Sessions {
         let once = container.record.config.stdin_once;
         let attached = Control::new(&bundle).attach(container.record.id.as_str(), attach).await;
         let (mut input, mut output) = attached.map_err(|e| chain(&e))?.split();
+        // A foreign shim has the terminal, and an end of the input, of its own.
+        let id = &container.record.id;
+        let foreign = match pod.view().record.foreign.is_some() {
+            true => tasks(self.0.services(), &pod, id).await.ok(),
+            false => None,
+        };
         let Streams { stdin, mut stdout, mut stderr, mut resizes, closed } = streams;
         let inward = async {
             let mut stdin = stdin.filter(|_| attach.stdin);
@@ -134,7 +141,14 @@ impl Backend for Sessions {
                 tokio::select! {
                     // Sizes are few and must not wait behind a stream of input.
                     biased;
-                    Some(size) = size => input.resize(size.width, size.height).await?,
+                    Some(size) = size => match &foreign {
+                        Some(shim) => {
+                            let (width, height) = (size.width.into(), size.height.into());
+                            // The container may have ended; the output says so.
+                            let _ = shim.resize(id.as_str(), "", width, height).await;
+                        }
+                        None => input.resize(size.width, size.height).await?,
+                    },
                     read = async {
                         match &mut stdin {
                             Some(stdin) => stdin.read(&mut piece).await,
@@ -146,6 +160,9 @@ impl Backend for Sessions {
                             // Others may attach later, unless the container asked for one only.
                             if once {
                                 input.close_stdin().await?;
+                                if let Some(shim) = &foreign {
+                                    let _ = shim.close_stdin(id.as_str(), "").await;
+                                }
                             }
                         }
                         n => input.stdin(&piece[..n]).await?,

@@ -96,8 +96,7 @@ async fn a_container_is_checkpointed_runs_on_and_comes_back_in_another_pod() -> 
     let pod = node.pod("a").host_network().run().await?;
     let volume = node.path().join("volume");
     fs::create_dir(&volume)?;
-    let container =
-        pod.container(&image).sh(COUNT).mount(&volume, "/data", |_| {}).start().await?;
+    let container = pod.container(&image).sh(COUNT).mount(&volume, "/data", |_| {}).start().await?;
     container.wait_for_log("up").await?;
     container
         .sh("echo changed > /etc/motd; rm /bin/wc; mkdir -p /new/deep; ln -s /etc/motd /new/link; \
@@ -110,12 +109,25 @@ async fn a_container_is_checkpointed_runs_on_and_comes_back_in_another_pod() -> 
     goes_on(&container).await?;
     nothing_beside(&out, &["c.tar"])?;
     no_stages(&node)?;
-    ensure!(node.gated_runtime().flags() == ["--leave-running"], "{:?}", node.gated_runtime().flags());
+    ensure!(
+        node.gated_runtime().flags() == ["--leave-running"],
+        "{:?}",
+        node.gated_runtime().flags()
+    );
 
     let found = files(&archive)?;
     for name in [
-        "config.dump", "spec.dump", "status.dump", "bind.mounts", "checkpoint/", "rootfs-diff.tar",
-        "deleted.files", "devshm-checkpoint.tar", "dump.log", "stats-dump", "container.log",
+        "config.dump",
+        "spec.dump",
+        "status.dump",
+        "bind.mounts",
+        "checkpoint/",
+        "rootfs-diff.tar",
+        "deleted.files",
+        "devshm-checkpoint.tar",
+        "dump.log",
+        "stats-dump",
+        "container.log",
         "checkpoint/pages-1.img",
     ] {
         ensure!(found.contains_key(name), "no {name} in {:?}", found.keys());
@@ -123,7 +135,8 @@ async fn a_container_is_checkpointed_runs_on_and_comes_back_in_another_pod() -> 
     // Captured while it stood still, with its streams told to criu.
     assert_eq!(found["checkpoint/status"], b"paused\n");
     let conf = String::from_utf8_lossy(&found["checkpoint/criu.conf"]).into_owned();
-    let external: Vec<&str> = conf.lines().filter(|line| line.starts_with("external file[")).collect();
+    let external: Vec<&str> =
+        conf.lines().filter(|line| line.starts_with("external file[")).collect();
     assert_eq!(external.len(), 2, "{conf}");
     let config: serde_json::Value = serde_json::from_slice(&found["config.dump"])?;
     assert_eq!(config["id"], container.id.as_str());
@@ -137,10 +150,8 @@ async fn a_container_is_checkpointed_runs_on_and_comes_back_in_another_pod() -> 
     ensure!(log.contains(" stdout F up"), "{log}");
 
     // A second one over it, and a retry that joins the first.
-    let (one, two) = tokio::join!(
-        checkpoint(&container, &archive, 60),
-        checkpoint(&container, &archive, 60)
-    );
+    let (one, two) =
+        tokio::join!(checkpoint(&container, &archive, 60), checkpoint(&container, &archive, 60));
     one?;
     two?;
     ensure!(files(&archive)?.contains_key("checkpoint/pages-1.img"), "it was replaced");
@@ -249,7 +260,8 @@ async fn what_cannot_be_checkpointed_or_restored_is_refused_and_leaves_nothing()
 
     // criu fails in the middle.
     node.gated_runtime().no_dump("can't dump a hologram")?;
-    refused(&container, &at, Code::Internal, "Error (criu/fake.c:1): can't dump a hologram").await?;
+    refused(&container, &at, Code::Internal, "Error (criu/fake.c:1): can't dump a hologram")
+        .await?;
     goes_on(&container).await?;
     // It never ends: the caller's limit does.
     node.gated_runtime().hang("checkpoint")?;
@@ -295,8 +307,7 @@ async fn a_checkpoint_must_fit_what_it_is_restored_into() -> Result<()> {
     let pod = node.pod("a").host_network().run().await?;
     let volume = node.path().join("volume");
     fs::create_dir(&volume)?;
-    let container =
-        pod.container(&image).sh(COUNT).mount(&volume, "/data", |_| {}).start().await?;
+    let container = pod.container(&image).sh(COUNT).mount(&volume, "/data", |_| {}).start().await?;
     container.wait_for_log("up").await?;
     let archive = node.path().join("c.tar").display().to_string();
     checkpoint(&container, Path::new(&archive), 0).await?;
@@ -304,7 +315,8 @@ async fn a_checkpoint_must_fit_what_it_is_restored_into() -> Result<()> {
     let error = pod.container(&archive).name("r").create().await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     ensure!(error.message().contains("/data"), "{error}");
-    let tty = pod.container(&archive).name("r").mount(&volume, "/data", |_| {}).config(|c| c.tty = true);
+    let tty =
+        pod.container(&archive).name("r").mount(&volume, "/data", |_| {}).config(|c| c.tty = true);
     let error = tty.create().await.unwrap_err();
     assert_eq!(error.code(), Code::InvalidArgument, "{error}");
     ensure!(error.message().contains("tty must be false"), "{error}");
@@ -336,10 +348,17 @@ async fn a_pod_is_captured_as_one_and_restored_as_created_containers() -> Result
         .filter(|verb| ["pause", "checkpoint", "resume"].contains(&verb.as_str()))
         .collect();
     assert_eq!(order.len(), 9, "{order:?}");
-    ensure!(order[..3].iter().all(|v| v == "pause") && order[6..].iter().all(|v| v == "resume"), "{order:?}");
+    ensure!(
+        order[..3].iter().all(|v| v == "pause") && order[6..].iter().all(|v| v == "resume"),
+        "{order:?}"
+    );
     for container in &containers {
         goes_on(container).await?;
-        ensure!(to.join(format!("{}.tar", container.id)).is_file(), "no archive of {}", container.id);
+        ensure!(
+            to.join(format!("{}.tar", container.id)).is_file(),
+            "no archive of {}",
+            container.id
+        );
     }
     let options: serde_json::Value = serde_json::from_slice(&fs::read(to.join("pod.options"))?)?;
     assert_eq!(options["version"], 1);
@@ -348,7 +367,10 @@ async fn a_pod_is_captured_as_one_and_restored_as_created_containers() -> Result
 
     // Refused: into what is there, a container of nobody, an option that is not known.
     let error = checkpoint_pod(&node, &pod.id, &to, &[]).await.unwrap_err();
-    ensure!(error.code() == Code::InvalidArgument && error.message().contains("not empty"), "{error}");
+    ensure!(
+        error.code() == Code::InvalidArgument && error.message().contains("not empty"),
+        "{error}"
+    );
     let other = node.pod("other").host_network().run().await?;
     let stranger = other.container(&image).sh("exec sleep 1000").start().await?;
     let elsewhere = node.path().join("elsewhere");
@@ -363,7 +385,10 @@ async fn a_pod_is_captured_as_one_and_restored_as_created_containers() -> Result
     };
     request.options.insert("compress".into(), "zstd".into());
     let error = node.cri().runtime().checkpoint_pod(request).await.unwrap_err();
-    ensure!(error.code() == Code::InvalidArgument && error.message().contains("compress"), "{error}");
+    ensure!(
+        error.code() == Code::InvalidArgument && error.message().contains("compress"),
+        "{error}"
+    );
 
     // A capture that fails: none stays paused, and there is no half of it.
     node.gated_runtime().fail("checkpoint", "no room in the ark")?;
@@ -457,7 +482,11 @@ async fn a_daemon_that_is_killed_in_the_middle_leaves_nobody_frozen() -> Result<
         })
         .await?;
         // The last time it is not killed, but asked to end.
-        if round < 2 { node.kill9()? } else { node.terminate()? }
+        if round < 2 {
+            node.kill9()?
+        } else {
+            node.terminate()?
+        }
         asked.await?.unwrap_err();
         node.gated_runtime().release()?;
         node.restart().await?;

@@ -53,7 +53,8 @@ const LAST_EVENTS: Duration = Duration::from_secs(2);
 pub fn main() -> ExitCode {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
-    if name == pod_init::NAME {
+    // By its name alone, or by the path that it has in a container.
+    if Path::new(&name).file_name() == Some(pod_init::NAME.as_ref()) {
         return code(pod_init::run().map_err(|error| error.to_string()));
     }
     code(run(arguments))
@@ -320,7 +321,10 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
                 }
                 // With containers to answer for, a shim does not go because somebody asks all
                 // processes to.
-                if came & (1 << libc::SIGTERM | 1 << libc::SIGINT) != 0 && pod.is_empty() {
+                if came & (1 << libc::SIGTERM | 1 << libc::SIGINT) != 0
+                    && pod.is_empty()
+                    && pod.relays.is_empty()
+                {
                     pod.exit();
                 }
             }

@@ -5,6 +5,8 @@
 //! ```text
 //! -> reopen <container>\n             <- ok\n | error <text>\n
 //! -> attach <container> [i][o][e]\n   <- ok\n | error <text>\n, then frames both ways
+//! -> relay <Relay as JSON>\n        <- ok\n | error <text>\n
+//! -> settle <container>\n           <- ok\n
 //! frame: kind u8, length u32 big endian, payload
 //! -> 0 stdin (empty: end of input)   4 resize (u16 width, u16 height, big endian)
 //! <- 1 stdout   2 stderr   3 end (empty: the container's output has ended)
@@ -12,11 +14,15 @@
 //! An attached client that does not read is dropped when its bounded buffer is full; it never
 //! stalls the container.
 
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
 /// Longest payload of a frame, in bytes; a longer one is a broken peer.
 pub const FRAME_MAX: usize = 256 * 1024;
 
 /// Longest request or reply line, in bytes.
-pub const LINE_MAX: usize = 4096;
+pub const LINE_MAX: usize = 16 * 1024;
 
 /// Bytes of a frame before its payload.
 pub const HEADER: usize = 5;
@@ -76,6 +82,24 @@ pub struct Attach {
     pub stderr: bool,
 }
 
+/// Streams of a container that another shim runs: FIFOs in its bundle, which we log and let others
+/// attach to. The other shim is given their paths ([`crate::bundle::Bundle::stdout`] and so on).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Relay {
+    /// Container id.
+    pub container: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// The CRI log; `None`: no file is written, attach works all the same.
+    pub log: Option<PathBuf>,
+    /// There is a FIFO for standard input, too.
+    pub stdin: bool,
+    /// Standard input ends with the first attached client that had it.
+    pub stdin_once: bool,
+    /// There is a FIFO for standard error: not with a terminal.
+    pub stderr: bool,
+}
+
 /// A request line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -83,6 +107,11 @@ pub enum Request {
     Reopen(String),
     /// Attach to the container.
     Attach(String, Attach),
+    /// Pass on the streams of a container that another shim runs. Once is enough.
+    Relay(Relay),
+    /// The other shim has let go of the container's streams: pass on what is left, then forget it.
+    /// One that is not known is fine.
+    Settle(String),
 }
 
 impl Request {
@@ -90,6 +119,11 @@ impl Request {
     pub fn line(&self) -> String {
         match self {
             Request::Reopen(container) => format!("reopen {container}\n"),
+            Request::Relay(relay) => {
+                let json = serde_json::to_string(relay).expect("plain data has a JSON form");
+                format!("relay {json}\n")
+            }
+            Request::Settle(container) => format!("settle {container}\n"),
             Request::Attach(container, attach) => {
                 let mark = |on: bool, letter: &'static str| if on { letter } else { "" };
                 format!(
@@ -104,9 +138,13 @@ impl Request {
 
     /// The request of a line without its line feed.
     pub fn parse(line: &str) -> Option<Self> {
+        if let Some(json) = line.strip_prefix("relay ") {
+            return serde_json::from_str(json).ok().map(Request::Relay);
+        }
         let mut words = line.split(' ');
         let request = match (words.next()?, words.next().filter(|id| !id.is_empty())?) {
             ("reopen", id) => Request::Reopen(id.to_owned()),
+            ("settle", id) => Request::Settle(id.to_owned()),
             ("attach", id) => {
                 let mut attach = Attach::default();
                 for letter in words.next().unwrap_or_default().chars() {
@@ -162,10 +200,35 @@ mod client {
         /// The shim does not answer within `deadline`, does not know the container, or cannot open
         /// the file; then it goes on with the file it has.
         pub async fn reopen_log(&self, container: &str, deadline: Duration) -> Result<(), Error> {
-            let request = Request::Reopen(container.to_owned());
-            tokio::time::timeout(deadline, self.ask("reopen log", &request))
+            self.within(deadline, "reopen log", Request::Reopen(container.to_owned())).await
+        }
+
+        /// Has the streams of a container that another shim runs logged and open to attach.
+        ///
+        /// # Errors
+        /// No answer within 10 seconds; the FIFOs or the log cannot be opened.
+        pub async fn relay(&self, relay: super::Relay) -> Result<(), Error> {
+            self.within(Duration::from_secs(10), "relay streams", Request::Relay(relay)).await
+        }
+
+        /// Passes on what is left in the streams of [`Control::relay`] and ends that.
+        ///
+        /// # Errors
+        /// No answer within 20 seconds.
+        pub async fn settle(&self, container: &str) -> Result<(), Error> {
+            let request = Request::Settle(container.to_owned());
+            self.within(Duration::from_secs(20), "settle streams", request).await
+        }
+
+        async fn within(
+            &self,
+            deadline: Duration,
+            call: &'static str,
+            request: Request,
+        ) -> Result<(), Error> {
+            tokio::time::timeout(deadline, self.ask(call, &request))
                 .await
-                .map_err(|_| Error::Deadline { call: "reopen log", deadline })?
+                .map_err(|_| Error::Deadline { call, deadline })?
                 .map(|_| ())
         }
 
@@ -334,6 +397,15 @@ mod tests {
             Request::Reopen("a".into()),
             Request::Attach("b".into(), all),
             Request::Attach("c".into(), Attach::default()),
+            Request::Settle("d".into()),
+            Request::Relay(Relay {
+                container: "e".into(),
+                bundle: "/a b".into(),
+                log: Some("/var/log/a\nb".into()),
+                stdin: true,
+                stdin_once: false,
+                stderr: true,
+            }),
         ] {
             assert_eq!(Request::parse(request.line().trim_end_matches('\n')), Some(request));
         }
@@ -341,9 +413,16 @@ mod tests {
 
     #[test]
     fn what_is_no_request_is_refused() {
-        for line in
-            ["", "reopen", "reopen ", "attach a x", "attach a io e", "detach a", "reopen a b"]
-        {
+        for line in [
+            "",
+            "reopen",
+            "reopen ",
+            "attach a x",
+            "attach a io e",
+            "detach a",
+            "reopen a b",
+            "relay {}",
+        ] {
             assert_eq!(Request::parse(line), None, "{line}");
         }
     }

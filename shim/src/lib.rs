@@ -42,6 +42,8 @@ mod process;
 #[cfg(feature = "server")]
 mod publish;
 #[cfg(feature = "server")]
+mod relay;
+#[cfg(feature = "server")]
 mod runtime;
 #[cfg(feature = "server")]
 mod server;

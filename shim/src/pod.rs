@@ -29,6 +29,7 @@ use crate::{
     options::PodOptions,
     process::{Owned, Reaper, lock, report},
     publish::Events,
+    relay::Relays,
     runtime::{self, Checkpoint, Place, Reason, Runtime},
     server::timestamp,
     stdio::{self, Io, Sink, Source},
@@ -317,6 +318,8 @@ pub(crate) struct Pod {
     pub(crate) events: Events,
     /// Where OCI runtime and its state are when the options do not say.
     pub(crate) runtime: Runtime,
+    /// Streams of containers that other shims run here.
+    pub(crate) relays: Relays,
     containers: Mutex<BTreeMap<String, Slot>>,
     pub(crate) sandbox: Mutex<Option<Sandbox>>,
     /// A container that was being made is made, or not.
@@ -420,6 +423,7 @@ impl Pod {
             reaper: Arc::default(),
             events,
             runtime,
+            relays: Relays::default(),
             containers: Mutex::default(),
             sandbox: Mutex::default(),
             made: Notify::new(),

@@ -753,9 +753,17 @@ async fn control_client(stream: UnixStream, pod: &Pod) -> io::Result<()> {
     let request = line.strip_suffix('\n').and_then(Request::parse);
     let answer = match &request {
         None => refuse("invalid", format!("no request: {line:?}")),
-        Some(Request::Reopen(id)) => match pod.container(id).map(|container| {
-            container.init.with_io(|io| io.outputs.as_ref().map(|outputs| outputs.reopen()))
-        }) {
+        Some(Request::Relay(relay)) => match pod.relays.begin(relay).await {
+            Ok(()) => "ok\n".into(),
+            Err(error) => refuse("other", error.to_string()),
+        },
+        Some(Request::Settle(id)) => {
+            pod.relays.settle(id).await;
+            "ok\n".into()
+        }
+        Some(Request::Reopen(id)) => match Holder::find(pod, id)
+            .map(|holder| holder.with_io(|io| io.outputs.as_ref().map(|outputs| outputs.reopen())))
+        {
             Ok(Some(Some(Ok(())))) => "ok\n".into(),
             Ok(Some(Some(Err(error)))) => refuse("other", format!("open the log: {error}")),
             Ok(_) => refuse("precondition", format!("container {id} has no log of the shim's")),
@@ -773,9 +781,31 @@ async fn control_client(stream: UnixStream, pod: &Pod) -> io::Result<()> {
     write.write_all(answer.as_bytes()).await
 }
 
+/// Who has a container's streams: the container, or (another shim runs it) its relay.
+enum Holder {
+    Container(Arc<crate::pod::Container>),
+    Relay(Arc<crate::relay::Relay>),
+}
+
+impl Holder {
+    fn find(pod: &Pod, id: &str) -> Result<Self, Error> {
+        match pod.relays.find(id) {
+            Some(relay) => Ok(Self::Relay(relay)),
+            None => pod.container(id).map(Self::Container),
+        }
+    }
+
+    fn with_io<T>(&self, f: impl FnOnce(&mut stdio::Io) -> T) -> Option<T> {
+        match self {
+            Self::Container(container) => container.init.with_io(f),
+            Self::Relay(relay) => Some(relay.with_io(f)),
+        }
+    }
+}
+
 /// An attached client's ends inside the shim.
 struct Attachment {
-    container: Arc<crate::pod::Container>,
+    holder: Holder,
     outputs: Arc<stdio::Outputs>,
     client: Arc<stdio::Attached>,
     /// The client may feed standard input.
@@ -785,11 +815,13 @@ struct Attachment {
 }
 
 fn attach(pod: &Pod, id: &str, streams: Attach) -> Result<Attachment, Error> {
-    let container = pod.container(id)?;
-    if !matches!(container.init.stage(), Stage::Created { .. } | Stage::Running { .. }) {
+    let holder = Holder::find(pod, id)?;
+    if let Holder::Container(container) = &holder
+        && !matches!(container.init.stage(), Stage::Created { .. } | Stage::Running { .. })
+    {
         return Err(Error::Precondition(format!("container {id} does not run")));
     }
-    let ends = container.init.with_io(|io| {
+    let ends = holder.with_io(|io| {
         let outputs = io.outputs.clone()?;
         Some((outputs, streams.stdin && io.input().is_some(), streams.stdin && io.once()))
     });
@@ -802,7 +834,7 @@ fn attach(pod: &Pod, id: &str, streams: Attach) -> Result<Attachment, Error> {
         )));
     }
     let client = outputs.attach(streams);
-    Ok(Attachment { container, outputs, client, input, once })
+    Ok(Attachment { holder, outputs, client, input, once })
 }
 
 impl Attachment {
@@ -821,7 +853,7 @@ impl Attachment {
             received = inward => received,
         };
         if self.once {
-            self.container.init.with_io(stdio::Io::close_stdin);
+            self.holder.with_io(stdio::Io::close_stdin);
         }
         result
     }
@@ -832,9 +864,8 @@ impl Attachment {
         mut read: BufReader<tokio::net::unix::OwnedReadHalf>,
     ) -> io::Result<()> {
         // Asked for anew each time: CloseIO ends the input of attached clients too.
-        let target = |open: bool| {
-            open.then(|| self.container.init.with_io(|io| io.input())).flatten().flatten()
-        };
+        let target =
+            |open: bool| open.then(|| self.holder.with_io(|io| io.input())).flatten().flatten();
         let mut open = self.input;
         loop {
             let mut head = [0; control::HEADER];
@@ -844,15 +875,14 @@ impl Attachment {
             read.read_exact(&mut payload).await?;
             match kind {
                 Kind::Stdin if payload.is_empty() => {
-                    let terminal =
-                        self.container.init.with_io(|io| io.is_terminal()).unwrap_or_default();
+                    let terminal = self.holder.with_io(|io| io.is_terminal()).unwrap_or_default();
                     if terminal && let Some(to) = target(open) {
                         // A terminal's end of input is a character.
                         let _ = stdio::write_all(&to, &[4]).await;
                     }
                     open = false;
                     if self.once {
-                        self.container.init.with_io(stdio::Io::close_stdin);
+                        self.holder.with_io(stdio::Io::close_stdin);
                     }
                 }
                 Kind::Stdin => {
@@ -867,7 +897,7 @@ impl Attachment {
                     if let [a, b, c, d] = payload[..] {
                         let (width, height) =
                             (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-                        self.container.init.with_io(|io| io.resize(width, height));
+                        self.holder.with_io(|io| io.resize(width, height));
                     }
                 }
                 Kind::Stdout | Kind::Stderr | Kind::End => {

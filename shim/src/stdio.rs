@@ -276,6 +276,14 @@ impl Outputs {
         });
     }
 
+    /// Tells every attached client that nothing will follow, should a stream have no end.
+    pub(crate) fn finish(&self) {
+        self.open.store(0, Ordering::Relaxed);
+        for client in lock(&self.attached).drain(..) {
+            client.put(Kind::End, &[]);
+        }
+    }
+
     /// A stream has ended.
     fn end(&self, stream: Stream) {
         if let Some(log) = lock(&self.log).as_mut() {
@@ -477,6 +485,50 @@ impl Io {
         if let Some(outputs) = &io.outputs {
             outputs.open.store(io.readers.len(), Ordering::Relaxed);
         }
+        Ok(io)
+    }
+
+    /// The streams of a container that another shim runs: FIFOs in its bundle. Those that are there
+    /// already are used as they are, for there may be output in them. We hold both ends until
+    /// [`Io::take_given`], so that the other shim may open, and die, when it likes.
+    pub(crate) async fn relay(relay: &control::Relay) -> io::Result<Self> {
+        let bundle = Bundle::new(&relay.bundle);
+        let log = relay.log.clone().map(|path| {
+            let name = path.display().to_string();
+            Log::open(path).map_err(|error| named("log", &name, &error))
+        });
+        let mut io = Self {
+            given: Streams::default(),
+            readers: Vec::new(),
+            pumps: Vec::new(),
+            outputs: Some(Outputs::new(log.transpose()?, if relay.stderr { 2 } else { 1 })),
+            stdin: None,
+            once: relay.stdin_once,
+            terminal: None,
+            logger: None,
+        };
+        if relay.stdin {
+            keep_fifo(&bundle.stdin())?;
+            io.given.stdin = Some(open_stdin(&bundle.stdin(), &mut io.stdin)?);
+        }
+        for (wanted, fifo, stream) in [
+            (true, bundle.stdout(), Stream::Stdout),
+            (relay.stderr, bundle.stderr(), Stream::Stderr),
+        ] {
+            if !wanted {
+                continue;
+            }
+            keep_fifo(&fifo)?;
+            let held = open_fifo(&fifo, true, true)?;
+            // It stays as it was where the kernel does not allow more.
+            let _ = nix::fcntl::fcntl(held.as_fd(), FcntlArg::F_SETPIPE_SZ(PIPE_SIZE));
+            io.readers.push((open_fifo(&fifo, true, false)?, stream));
+            match stream {
+                Stream::Stdout => io.given.stdout = Some(held),
+                Stream::Stderr => io.given.stderr = Some(held),
+            }
+        }
+        io.launched().await?;
         Ok(io)
     }
 
@@ -869,6 +921,14 @@ fn make_fifo(path: &Path) -> io::Result<()> {
         _ => {}
     }
     mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| named("make", &name, &errno.into()))
+}
+
+/// A FIFO for the owner alone; one that is there already is kept.
+fn keep_fifo(path: &Path) -> io::Result<()> {
+    match mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR) {
+        Ok(()) | Err(nix::errno::Errno::EEXIST) => Ok(()),
+        Err(errno) => Err(named("make", &path.display().to_string(), &errno.into())),
+    }
 }
 
 /// Opens a FIFO without blocking.

@@ -333,8 +333,10 @@ impl Descriptions {
             bytes: Option<Vec<u8>>,
         ) -> Result<T, Error> {
             let lacks = || Error::Lacks { path: path.to_owned(), name };
-            serde_json::from_slice(&bytes.ok_or_else(lacks)?).map_err(|source| {
-                Error::Description { path: path.to_owned(), name, source }
+            serde_json::from_slice(&bytes.ok_or_else(lacks)?).map_err(|source| Error::Description {
+                path: path.to_owned(),
+                name,
+                source,
             })
         }
         if !self.images {
@@ -393,8 +395,7 @@ pub fn unpack(path: &Path, into: &Path) -> Result<Found, Error> {
     while let Some(entry) = archive.entry().map_err(broken)? {
         let shown = String::from_utf8_lossy(&entry.path).into_owned();
         let name = shown.trim_start_matches("./").trim_end_matches('/');
-        let refuse =
-            |rule| Error::Entry { path: path.to_owned(), entry: shown.clone(), rule };
+        let refuse = |rule| Error::Entry { path: path.to_owned(), entry: shown.clone(), rule };
         if name == IMAGES && entry.kind == reader::Kind::Directory {
             make_images(&images)?;
             descriptions.images = true;
@@ -532,7 +533,8 @@ mod tests {
         fs::write(dir.join("stage").join(ROOTFS_DIFF), "a tar").unwrap();
         fs::create_dir(dir.join("work")).unwrap();
         fs::write(dir.join("work").join(DUMP_LOG), "fine").unwrap();
-        let config = ConfigDump { id: "c1".into(), rootfs_image_name: "x".into(), ..Default::default() };
+        let config =
+            ConfigDump { id: "c1".into(), rootfs_image_name: "x".into(), ..Default::default() };
         let spec = r#"{"ociVersion":"1.0.2","process":{"terminal":true},
             "mounts":[{"destination":"/data","type":"bind","source":"/x","options":["rbind"]}]}"#;
         Parts {

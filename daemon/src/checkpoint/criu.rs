@@ -98,10 +98,8 @@ pub fn errors_of(log: &Path) -> Option<String> {
     let mut bytes = Vec::new();
     file.take(TAIL).read_to_end(&mut bytes).ok()?;
     let text = String::from_utf8_lossy(&bytes);
-    let errors: Vec<&str> = text
-        .lines()
-        .filter_map(|line| line.find("Error (").map(|at| line[at..].trim()))
-        .collect();
+    let errors: Vec<&str> =
+        text.lines().filter_map(|line| line.find("Error (").map(|at| line[at..].trim())).collect();
     let last = &errors[errors.len().saturating_sub(3)..];
     (!last.is_empty()).then(|| last.join("; "))
 }
@@ -128,7 +126,8 @@ mod tests {
         assert_eq!(errors_of(&log), None);
         std::fs::write(&log, "(00.1) fine\n(00.2) still fine\n").unwrap();
         assert_eq!(errors_of(&log), None);
-        let lines: String = (0..5).map(|n| format!("(00.{n}) Error (criu/a.c:{n}): e{n}\n")).collect();
+        let lines: String =
+            (0..5).map(|n| format!("(00.{n}) Error (criu/a.c:{n}): e{n}\n")).collect();
         std::fs::write(&log, lines).unwrap();
         let said = errors_of(&log).unwrap();
         assert!(said.starts_with("Error (criu/a.c:2): e2; ") && said.ends_with("e4"), "{said}");

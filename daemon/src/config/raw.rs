@@ -100,6 +100,10 @@ pub(super) struct RawHandler {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) shim: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) options: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) sandbox: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) privileged_without_host_devices: Option<bool>,
 }
 
@@ -219,8 +223,8 @@ impl Layers {
     }
 }
 
-/// Over `base`, key by key. A handler's `path` and `shim` are two forms of one choice, so a later
-/// file that makes it replaces the earlier choice whole.
+/// Over `base`, key by key. A handler's keys are one choice, so a later file that makes it replaces
+/// the earlier choice whole.
 fn merge(base: &mut Table, over: Table, prefix: &str) {
     for (name, value) in over {
         let key = join(prefix, &name);
@@ -294,7 +298,7 @@ impl Check<'_> {
     }
 
     fn handlers(&mut self, handlers: &DeTable<'_>) -> Result<(), Error> {
-        let mut schema: Table = ["path", "shim"]
+        let mut schema: Table = ["path", "shim", "options", "sandbox"]
             .into_iter()
             .map(|name| (name.to_owned(), Value::String(String::new())))
             .collect();

@@ -60,6 +60,12 @@ fn a_dump_reads_back_as_the_same_configuration() {
         stall_timeout = "1500ms"
         [runtime.handlers.kata]
         shim = "containerd-shim-kata-v2"
+        options = "/etc/kata/configuration.toml"
+        [runtime.handlers.old]
+        shim = "/opt/containerd-shim-runc-v2"
+        path = "crun"
+        sandbox = "none"
+        privileged_without_host_devices = true
         [metrics]
         address = "[::1]:9190"
         [log]
@@ -91,8 +97,12 @@ fn later_files_win_key_by_key() {
 #[test]
 fn a_drop_in_can_change_a_handlers_form() {
     let config = parse("[runtime.handlers.runc]\nshim = \"containerd-shim-runc-v2\"").unwrap();
-    let foreign = Handler::Foreign { shim: "containerd-shim-runc-v2".into() };
-    assert_eq!(config.runtime.handlers["runc"], foreign);
+    let Handler::Foreign(foreign) = &config.runtime.handlers["runc"] else {
+        panic!("{:?}", config.runtime.handlers["runc"])
+    };
+    assert_eq!(foreign.shim, Path::new("containerd-shim-runc-v2"));
+    assert_eq!(foreign.path.as_deref(), Some(Path::new("runc")), "what it runs by itself");
+    assert_eq!(foreign.sandbox, Sandboxing::Container);
     assert_eq!(config.runtime.handlers.len(), 2, "crun is still there");
 }
 
@@ -177,7 +187,12 @@ fn impossible_values_say_what_is_allowed() {
         ("[runtime]\nshim = \"bin/shim\"", "looked up in PATH"),
         ("[runtime]\npids_limit = -1", "it must be from 0"),
         ("[runtime.handlers.x]", "it must have `path` or `shim`"),
-        ("[runtime.handlers.x]\npath = \"a\"\nshim = \"b\"", "only one of `path` and `shim`"),
+        ("[runtime.handlers.x]\npath = \"a\"\nsandbox = \"none\"", "needs `shim`"),
+        ("[runtime.handlers.x]\nshim = \"a\"\nsandbox = \"vm\"", "\"container\" or \"none\""),
+        (
+            "[runtime.handlers.x]\nshim = \"containerd-shim-runc-v2\"\noptions = \"/a\"",
+            "has other options",
+        ),
         ("[runtime.handlers.X]\npath = \"a\"", "as in a RuntimeClass"),
         ("[runtime.handlers.x]\npath = \"./a\"", "looked up in PATH"),
         ("[nri]\nsocket = \"/run/holdfast/holdfast.sock\"", "must not be the same as grpc.socket"),

@@ -44,7 +44,8 @@ pub(super) async fn restore(
     let request = request.into_inner();
     let from = path("checkpoint_path", request.checkpoint_path)?;
     no_options(&request.options)?;
-    let config = request.config.ok_or_else(|| Status::invalid_argument("config: it is required"))?;
+    let config =
+        request.config.ok_or_else(|| Status::invalid_argument("config: it is required"))?;
     let config = convert::pod_config(config)?;
     let containers = request.container_configs.into_iter().map(convert::container_config);
     let containers = containers.collect::<Result<Vec<_>, _>>()?;

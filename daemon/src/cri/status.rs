@@ -34,10 +34,7 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
     ];
     let runtime = &services.config.runtime;
     let handler = |name: &str, path: &Handler| {
-        let features = match path {
-            Handler::Oci { path, .. } => services.features.of(path),
-            Handler::Foreign { .. } => Default::default(),
-        };
+        let features = services.features.of(path.runtime());
         cri::RuntimeHandler {
             name: name.to_owned(),
             features: Some(cri::RuntimeHandlerFeatures {
@@ -85,6 +82,13 @@ fn missing_runtime(services: &Services) -> Option<String> {
             Some(format!(
                 "OCI runtime {} of handler {:?} is not found: install it or set its path",
                 path.display(),
+                runtime.default
+            ))
+        }
+        Some(Handler::Foreign(foreign)) if crate::config::find_program(&foreign.shim).is_none() => {
+            Some(format!(
+                "shim {} of handler {:?} is not found: install it or set its path",
+                foreign.shim.display(),
                 runtime.default
             ))
         }

@@ -61,10 +61,10 @@ impl Snapshot {
         ids: &Ids,
         go_on: &dyn Fn() -> io::Result<()>,
     ) -> io::Result<Vec<PathBuf>> {
-        let below = self.layers.as_ref().map(|layers| ImageVolume {
-            dirs: self.dirs.clone(),
-            layers: layers.to_vec(),
-        });
+        let below = self
+            .layers
+            .as_ref()
+            .map(|layers| ImageVolume { dirs: self.dirs.clone(), layers: layers.to_vec() });
         let mut writer = Writer::new(to, &self.upper, ids, go_on)?;
         writer.below = below;
         writer.write()
@@ -78,8 +78,9 @@ impl Snapshot {
         let failed = |source| Error::Snapshot { doing: "restore", id: id.clone(), source };
         let root = unpack::open_root(&self.upper).map_err(failed)?;
         let source = stream::inflate(changes).map_err(failed)?;
-        let Unpacked { implied, .. } = unpack::unpack(BufReader::new(source), root.as_fd(), None)
-            .map_err(|error| failed(io::Error::other(crate::error::chain(&error))))?;
+        let Unpacked { implied, .. } =
+            unpack::unpack(BufReader::new(source), root.as_fd(), None)
+                .map_err(|error| failed(io::Error::other(crate::error::chain(&error))))?;
         if let Some(layers) = &self.layers {
             layers::fit(&self.upper, &implied, layers, &self.dirs.ingest(), &mut None)
                 .map_err(failed)?;
@@ -201,7 +202,8 @@ impl<'a, W: Write> Writer<'a, W> {
     fn hidden(&mut self, path: &Path, directory: &OwnedFd) -> io::Result<()> {
         let Some(below) = &self.below else { return Ok(()) };
         if self.below_mounted.is_none() {
-            let mounted = below.mount(None).map_err(|e| io::Error::other(crate::error::chain(&e)))?;
+            let mounted =
+                below.mount(None).map_err(|e| io::Error::other(crate::error::chain(&e)))?;
             self.below_mounted = Some(mounted);
         }
         let Some(mounted) = &self.below_mounted else { return Ok(()) };

@@ -34,10 +34,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::{
-    Error, Pod, PodView, Services, io_at,
-    run::remove_dir,
-    state::ContainerState,
-    task::Effect,
+    Error, Pod, PodView, Services, io_at, run::remove_dir, state::ContainerState, task::Effect,
 };
 use crate::{
     checkpoint::{
@@ -195,6 +192,9 @@ pub(super) async fn write(
     let view = pod.view();
     let records = running(&view, &what.containers)?;
     let client = pod.client().await?;
+    if view.record.foreign.is_some() {
+        return Err(Error::ForeignCheckpoint { handler: view.record.handler.clone() });
+    }
     check_target(&what.to)?;
     criu::check(&view.record.runtime, &services.features.of(&view.record.runtime)).await?;
 
@@ -337,13 +337,15 @@ fn sync(path: &Path) -> io::Result<()> {
 /// A file or a directory.
 async fn remove_partial(path: &Path) -> Result<(), Error> {
     let path = path.to_owned();
-    tokio::task::spawn_blocking(move || match fs::symlink_metadata(&path) {
-        Ok(there) if there.is_dir() => fs::remove_dir_all(&path),
-        Ok(_) => fs::remove_file(&path),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error),
-    }
-    .map_err(io_at("remove", &path)))
+    tokio::task::spawn_blocking(move || {
+        match fs::symlink_metadata(&path) {
+            Ok(there) if there.is_dir() => fs::remove_dir_all(&path),
+            Ok(_) => fs::remove_file(&path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+        .map_err(io_at("remove", &path))
+    })
     .await
     .unwrap_or(Err(Error::Panicked))
 }
@@ -440,7 +442,8 @@ async fn capture_one(
         let criu = said.map(|said| format!(" (criu: {said})")).unwrap_or_default();
         Error::Checkpoint { id: id.clone(), criu, source }
     })?;
-    let snapshot = services.images.snapshot(id).ok_or_else(|| Error::NoContainer(id.to_string()))?;
+    let snapshot =
+        services.images.snapshot(id).ok_or_else(|| Error::NoContainer(id.to_string()))?;
     let user = view.record.config.namespaces.user.clone().unwrap_or_default();
     let ids = Ids { uids: user.uids, gids: user.gids };
     let shm = services.shims.pod_bundle(&view.record.id).shm();
@@ -590,7 +593,8 @@ fn publish(
                 archive::pack(&partial.join(format!("{}.tar", record.id)), parts, go_on)?;
             }
             let config = &view.record.config;
-            let annotation = |key: &str, value: &str| (format!("org.criu.checkpoint.{key}"), value.to_owned());
+            let annotation =
+                |key: &str, value: &str| (format!("org.criu.checkpoint.{key}"), value.to_owned());
             let options = PodOptions {
                 version: POD_VERSION,
                 containers: records

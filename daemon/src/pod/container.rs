@@ -19,7 +19,7 @@ use tracing::warn;
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, io_at, readback, recover,
+    extras, foreign, io_at, readback, recover,
     restore::{self, Restore},
     run::{remove_dir, unmount},
     state::{Change, ContainerState, Exit},
@@ -133,18 +133,22 @@ async fn make(
 
     let bundle = services.shims.container_bundle(&record.id);
     let namespaces = namespaces(services, view, record)?;
-    let (shared, view, draft) = (services.clone(), view.record.clone(), record.clone());
+    let (shared, pod, draft) = (services.clone(), view.record.clone(), record.clone());
     let image = image.clone();
     let at = bundle.clone();
     let checkpoint = restore.as_ref().map(|restore| (restore.images(), restore.work()));
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
     let user = tokio::task::spawn_blocking(move || {
-        prepare(&shared, &view, draft, &image, &snapshot, &held, &namespaces, &at, restore)
+        prepare(&shared, &pod, draft, &image, &snapshot, &held, &namespaces, &at, restore)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
     record.user = user;
 
+    if let Some(handler) = &view.record.foreign {
+        let created = foreign::create(services, &view.record, handler, record, &bundle).await;
+        return created.map(Some).map_err(|source| Error::Create { name, command, source });
+    }
     let log = match record.log.as_os_str().is_empty() {
         // No file; attach works all the same.
         true => format!("{}?attach", options::CRI_LOG),
@@ -358,8 +362,8 @@ pub(super) async fn start(
     pod: Pod,
     id: ContainerId,
 ) -> Result<Effect, Error> {
-    let client = pod.client().await?;
-    let restored = pod.container(&id)?.record.state.pid().is_none();
+    let client = foreign::tasks(&services, &pod, &id).await?;
+    let restored = restore::waits(&services, &id);
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
     let pid = match client.start(id.as_str(), "").await {
@@ -408,7 +412,7 @@ pub(super) async fn stop(
     if container.record.state.is_exited() {
         return Ok(());
     }
-    let client = match pod.client().await {
+    let client = match foreign::tasks(services, &pod, &id).await {
         Ok(client) => client,
         // A dead shim's containers were killed and recorded; look again.
         Err(error) => {
@@ -416,12 +420,12 @@ pub(super) async fn stop(
             return if ended { Ok(()) } else { Err(error) };
         }
     };
-    if matches!(container.record.state, ContainerState::Created { pid: None }) {
+    let created = matches!(container.record.state, ContainerState::Created { pid: None });
+    if created && restore::waits(services, &id) {
         // It was to be restored: there is no process whose end anybody would tell.
         let how = Exit::NotStarted { code: 128, message: "stopped before it was restored".into() };
         let (taken, answer) = tokio::sync::oneshot::channel();
-        let command =
-            super::task::Command::Exited { id, at: SystemTime::now(), how, taken };
+        let command = super::task::Command::Exited { id, at: SystemTime::now(), how, taken };
         pod.commands.send(command).await.map_err(|_| Error::Closed)?;
         return answer.await.map_err(|_| Error::Closed);
     }
@@ -464,6 +468,10 @@ async fn ended(
         view.containers.get(id).is_none_or(|container| container.record.state.is_exited())
     });
     let told = async {
+        if pod.view().record.foreign.is_some() {
+            // Asked already, and for as long as it takes.
+            std::future::pending::<()>().await;
+        }
         loop {
             tokio::time::sleep(ASK).await;
             let state = client.state(id.as_str(), "").await;
@@ -505,6 +513,9 @@ pub(super) async fn free(
     client: Option<&Client>,
     id: &ContainerId,
 ) -> Result<(), Error> {
+    let bundle = services.shims.container_bundle(id);
+    let ended = services.shims.end_foreign(id.as_str(), &bundle).await;
+    ended.map_err(|source| Error::Task { what: "delete", id: id.clone(), source })?;
     if let Some(client) = client {
         match client.delete(id.as_str(), "").await {
             Ok(_) => {}
@@ -512,7 +523,6 @@ pub(super) async fn free(
             Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
         }
     }
-    let bundle = services.shims.container_bundle(id);
     let unmounted = tokio::task::spawn_blocking(move || {
         unmount(&bundle.rootfs())?;
         volumes::unmount_images(&bundle)
@@ -619,7 +629,7 @@ pub(super) async fn update(
     let id = record.id;
     let mut merged = record.config.resources.merged(*resources);
     if !record.state.is_exited() {
-        let client = pod.client().await?;
+        let client = foreign::tasks(&services, &pod, &id).await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
         let json = serde_json::to_vec(&linux).expect("resources serialise");

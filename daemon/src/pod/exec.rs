@@ -21,7 +21,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::{ContainerView, Error, Pod, Services, io_at, state::ContainerState};
+use super::{ContainerView, Error, Pod, Services, foreign, io_at, state::ContainerState};
 use crate::{error::chain, id::ContainerId, shims::private_dir, spec};
 
 /// How long an exec's processes may still show themselves after SIGKILL.
@@ -104,7 +104,7 @@ impl Exec {
                 what: "a command can only be run in a running container",
             });
         }
-        let client = pod.client().await?;
+        let client = foreign::tasks(services, pod, id).await?;
         let name = hex::encode(rand::random::<[u8; 16]>());
 
         let config = services.shims.container_bundle(id).config();

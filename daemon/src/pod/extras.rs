@@ -27,9 +27,7 @@ pub(super) fn devices(
 ) {
     let runtime = &services.config.runtime;
     let handler = if pod.handler.is_empty() { &runtime.default } else { &pod.handler };
-    if let Some(Handler::Oci { privileged_without_host_devices: true, .. }) =
-        runtime.handlers.get(handler)
-    {
+    if runtime.handlers.get(handler).is_some_and(Handler::privileged_without_host_devices) {
         facts.host_devices.clear();
     }
     if runtime.device_ownership_from_security_context {

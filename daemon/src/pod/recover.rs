@@ -136,7 +136,8 @@ impl Pods {
         let bundle = self.services.shims.container_bundle(&id);
         if bundle.config().exists() {
             // A container: its runtime is not known any more, the default one is as good as any.
-            let runtime = self.handler("").unwrap_or_else(|_| "runc".into());
+            let runtime =
+                self.handler("").map_or("runc".into(), |handler| handler.runtime().to_owned());
             let deleted = self.services.shims.delete_dead(&id, &runtime).await;
             deleted.map_err(|source| Error::Task {
                 what: "clean up after",
@@ -161,6 +162,13 @@ impl Pods {
         remove_dir(bundle.dir()).await
     }
 
+    /// Takes it that the kernel killed a process of a container for want of memory.
+    pub fn oom(&self, container: &str) {
+        if let Ok(id) = container.parse::<ContainerId>() {
+            super::foreign::note_oom(&self.services, &id);
+        }
+    }
+
     /// Takes an exit that a shim tells. True: it is recorded, or nobody's; false: tell it again.
     pub async fn exited(&self, container: &str, at: SystemTime, status: u32) -> bool {
         let pod = {
@@ -169,6 +177,10 @@ impl Pods {
             pod.cloned()
         };
         let (Some(pod), Ok(id)) = (pod, container.parse::<ContainerId>()) else { return true };
+        // Those of a foreign shim are waited for: it may drop its events.
+        if pod.view().record.foreign.is_some() {
+            return true;
+        }
         let record = self.services.shims.container_bundle(&id).exit_record();
         let (at, how) = how_ended(&record, Some((at, status)));
         let (taken, answer) = tokio::sync::oneshot::channel();
@@ -247,6 +259,15 @@ async fn look(
     let mut missed = Missed::default();
     for container in live.iter().filter(|c| !c.state.is_exited()) {
         let id = &container.id;
+        if services.shims.is_foreign(id) {
+            // Its end is waited for apart.
+            let created = matches!(container.state, ContainerState::Created { .. });
+            let pid = container.state.pid().unwrap_or_default();
+            if created && super::foreign::was_started(services, id).await {
+                missed.started.push((id.clone(), pid));
+            }
+            continue;
+        }
         let exited = match client.state(id.as_str(), "").await {
             Ok(state) if state.status == TaskStatus::Stopped => state.exit,
             Ok(state) => {
@@ -303,7 +324,7 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
     exits
 }
 
-fn is_alive(pid: u32) -> bool {
+pub(super) fn is_alive(pid: u32) -> bool {
     Path::new(&format!("/proc/{pid}")).exists()
 }
 

@@ -105,7 +105,9 @@ impl Restore {
         if terminal.unwrap_or(false) != had {
             let reason = match had {
                 true => "the checkpointed container has a terminal, so tty must be true".to_owned(),
-                false => "the checkpointed container has no terminal, so tty must be false".to_owned(),
+                false => {
+                    "the checkpointed container has no terminal, so tty must be false".to_owned()
+                }
             };
             return Err(Error::Unfit { name: name.to_owned(), reason });
         }
@@ -141,6 +143,11 @@ fn restores(services: &Services) -> PathBuf {
 /// Where a container's checkpoint is unpacked.
 pub(super) fn directory(services: &Services, id: &ContainerId) -> PathBuf {
     restores(services).join(id)
+}
+
+/// Whether the container is made, and its processes are still to be restored.
+pub(super) fn waits(services: &Services, id: &ContainerId) -> bool {
+    directory(services, id).is_dir()
 }
 
 /// Removes a container's unpacked checkpoint. May be repeated.
@@ -181,6 +188,9 @@ pub(super) async fn prepare(
     config: &ContainerConfig,
 ) -> Result<Option<Restore>, Error> {
     let Some(source) = source(services, config) else { return Ok(None) };
+    if view.record.foreign.is_some() {
+        return Err(Error::ForeignCheckpoint { handler: view.record.handler.clone() });
+    }
     if view.record.config.namespaces.user.is_some() {
         return Err(Error::RestoreUsers { id: view.record.id.clone() });
     }
@@ -316,7 +326,8 @@ fn matched(path: &Path, configs: Vec<ContainerConfig>) -> Result<Vec<ContainerCo
     let there = match fs::metadata(&options) {
         Ok(there) => there,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let what = format!("it has no {}: it is no checkpoint of a pod", checkpoint::POD_OPTIONS);
+            let what =
+                format!("it has no {}: it is no checkpoint of a pod", checkpoint::POD_OPTIONS);
             return Err(wrong(what));
         }
         Err(error) => return Err(io_at("read", &options)(error)),

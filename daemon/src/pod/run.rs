@@ -19,7 +19,7 @@ use tracing::warn;
 use super::{
     Error, Pod, Services,
     config::{IdMapping, PidMode, PodConfig},
-    container, io_at,
+    container, foreign, io_at,
     task::Effect,
     volumes,
 };
@@ -125,6 +125,7 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
         fs::write(&path, hosts(&hostname(config), &ips)).map_err(io_at("write", &path))?;
         ips
     };
+    foreign::bring_up(services, record).await?;
     Ok(Up { endpoint, client, ips })
 }
 
@@ -283,6 +284,7 @@ async fn tear_down(
 ) -> Result<(), Error> {
     let id = &record.id;
     let bundle = services.shims.pod_bundle(id);
+    foreign::tear_down(services, record).await?;
     // While the namespace is still there: plugins look into it.
     let detached = services.network.detach(id).await;
     detached.map_err(|source| Error::Network { id: id.clone(), source })?;

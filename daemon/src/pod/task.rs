@@ -24,10 +24,11 @@ use tracing::{Instrument, info, warn};
 use super::{
     ContainerView, Error, Pod, PodView, Pods, Shared, checkpoint,
     config::{ContainerConfig, Resources},
-    container, recover, run,
+    container, foreign, recover, run,
     state::{Change, Exit, PodState},
 };
 use crate::{
+    config::Sandboxing,
     error::chain,
     events::Kind,
     id::ContainerId,
@@ -38,6 +39,9 @@ use crate::{
 /// How long operations may still take when the daemon is asked to end. What is not done by then is
 /// finished or undone at the next start.
 const DRAIN: Duration = Duration::from_secs(15);
+
+/// When an exit that could not be recorded is taken again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// What may be asked of a pod.
 pub(super) enum Request {
@@ -113,6 +117,8 @@ enum Op {
     Link,
     /// Waits for the connection's end.
     Watch,
+    /// Waits for the end of a container that a foreign shim runs; `None`: of the pod's own.
+    Ends(Option<ContainerId>),
 }
 
 impl Op {
@@ -129,7 +135,8 @@ impl Op {
             | Op::Create(..)
             | Op::Mend
             | Op::Link
-            | Op::Watch => false,
+            | Op::Watch
+            | Op::Ends(_) => false,
         }
     }
 
@@ -147,7 +154,7 @@ impl Op {
             | Op::Checkpoint(_)
             | Op::Reap(_)
             | Op::Discard(_) => true,
-            Op::Mend | Op::Link | Op::Watch => false,
+            Op::Mend | Op::Link | Op::Watch | Op::Ends(_) => false,
         }
     }
 }
@@ -158,17 +165,32 @@ pub(super) enum Effect {
     Stopped,
     Gone,
     Created(Box<ContainerRecord>),
-    Started { id: ContainerId, at: SystemTime, pid: u32 },
+    Started {
+        id: ContainerId,
+        at: SystemTime,
+        pid: u32,
+    },
     Removed(ContainerId),
-    Updated { id: ContainerId, resources: Box<Resources> },
+    Updated {
+        id: ContainerId,
+        resources: Box<Resources>,
+    },
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     /// Nothing of the pod.
     Done,
     Mended,
     Reaped,
-    Linked { client: Client, started: Vec<(ContainerId, u32)>, exits: Vec<recover::Seen> },
-    Dead { exits: Vec<recover::Seen> },
+    Linked {
+        client: Client,
+        started: Vec<(ContainerId, u32)>,
+        exits: Vec<recover::Seen>,
+    },
+    Dead {
+        exits: Vec<recover::Seen>,
+    },
     Closed,
+    Ended(recover::Seen),
+    SandboxEnded,
 }
 
 struct Container {
@@ -447,6 +469,11 @@ impl Owner {
                     S::Created { .. } if self.record.state == PodState::Ready && !self.stopping => {
                         let work = container::start(services, pod, id.clone());
                         self.join(Op::Start(id), reply, work);
+                        self.join(
+                            Op::Start(id.clone()),
+                            reply,
+                            container::start(services, pod, id),
+                        );
                     }
                     S::Created { .. } => return Err((Error::PodNotReady(pod.id), reply)),
                     state @ (S::Creating | S::Exited { .. }) => {
@@ -595,6 +622,7 @@ impl Owner {
                 }
                 self.making.remove(op);
                 self.containers.insert(id.clone(), Container::new(*record));
+                self.watch_foreign(&id, Duration::ZERO);
                 self.publish(id.clone(), Kind::Created);
                 if let Some((at, how)) = self.early.remove(&id) {
                     self.exited(&id, at, how).await;
@@ -671,6 +699,22 @@ impl Owner {
                     self.reach();
                 }
             }
+            Effect::Ended(seen) => {
+                if !self.exited(&seen.id, seen.at, seen.how).await {
+                    // The exit record keeps it meanwhile.
+                    self.watch_foreign(&seen.id, RETRY);
+                }
+            }
+            Effect::SandboxEnded => {
+                let ending = self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod);
+                if !ending && self.record.state == PodState::Ready {
+                    warn!("the pod's sandbox container has ended");
+                    let mut record = (*self.record).clone();
+                    record.state = PodState::NotReady;
+                    self.save_pod(record).await?;
+                    self.publish(self.pod.id.clone(), Kind::Stopped);
+                }
+            }
         }
         debug_assert!(!matches!(op, Op::Create(..)), "a creation answers with its id");
         Ok(Answer::Done)
@@ -704,7 +748,8 @@ impl Owner {
             | Op::Reap(_)
             | Op::Discard(Some(_))
             | Op::Link
-            | Op::Watch => {}
+            | Op::Watch
+            | Op::Ends(_) => {}
         }
     }
 
@@ -724,6 +769,33 @@ impl Owner {
         self.spawn(Op::Watch, async move {
             watched.closed().await;
             Ok(Effect::Closed)
+        });
+        let Some(handler) = &self.record.foreign else { return };
+        if handler.sandbox == Sandboxing::Container && !self.is_running(&Op::Ends(None)) {
+            let services = self.pods.services.clone();
+            self.spawn(Op::Ends(None), foreign::watch_sandbox(services, self.pod.clone()));
+        }
+        for id in self.containers.keys().cloned().collect::<Vec<_>>() {
+            self.watch_foreign(&id, Duration::ZERO);
+        }
+    }
+
+    /// Waits for the end of a container that a foreign shim runs.
+    fn watch_foreign(&mut self, id: &ContainerId, delay: Duration) {
+        let op = Op::Ends(Some(id.clone()));
+        let Some(container) = self.containers.get(id) else { return };
+        let record = container.view.record.clone();
+        if self.record.foreign.is_none()
+            || !foreign::is_watched(&record.state)
+            || self.is_running(&op)
+        {
+            return;
+        }
+        let services = self.pods.services.clone();
+        let pod = self.pod.clone();
+        self.spawn(op, async move {
+            tokio::time::sleep(delay).await;
+            foreign::watch(services, pod, record).await
         });
     }
 

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{Error, Store};
 use crate::{
+    config::ForeignHandler,
     id::{ContainerId, PodId},
     pod::{
         config::{ContainerConfig, ImageDefaults, PodConfig, User},
@@ -29,6 +30,9 @@ pub struct PodRecord {
     pub handler: String,
     /// The OCI runtime's path at creation: a pod stays with it whatever the config says later.
     pub runtime: PathBuf,
+    /// The shim that runs its containers, if it is not ours.
+    #[serde(default)]
+    pub foreign: Option<ForeignHandler>,
     /// When it was asked for.
     pub created_at: SystemTime,
     /// Last state.
