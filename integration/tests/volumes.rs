@@ -26,6 +26,7 @@ with_each_runtime! {
     options_of_mounts_take_effect
     a_pod_has_a_user_namespace_with_its_own_files
     volumes_of_a_pod_with_a_user_namespace_are_its_own
+    a_user_namespace_goes_with_the_nodes_network
     volumes_that_the_runtime_cannot_map_are_refused
 }
 
@@ -509,6 +510,41 @@ async fn volumes_of_a_pod_with_a_user_namespace_are_its_own(runtime: &str) -> Re
     assert_eq!(text.matches("Read-only file system").count(), 2, "{text}");
     let new = node.path().join("root/volumes").join(&container.id).join("0/new");
     assert_eq!(fs::metadata(new)?.uid(), HOST);
+    node.finish().await
+}
+
+async fn a_user_namespace_goes_with_the_nodes_network(runtime: &str) -> Result<()> {
+    let (node, image) = node::with_busybox(runtime).await?;
+    open_up(&node)?;
+    let pod = mapped(node.pod("a")).host_network().run().await?;
+    let container = pod.container(&image).sh("sleep 1000").start().await?;
+    let text = container.sh("cat /proc/self/uid_map; readlink /proc/self/ns/net").await?;
+    let network = fs::read_link("/proc/self/ns/net")?;
+    let words: Vec<&str> = text.split_whitespace().collect();
+    assert_eq!(words, ["0", "200000", "65536", &*network.to_string_lossy()]);
+    // The node's own name, interfaces and addresses; to be looked at, and not to be changed.
+    assert_eq!(
+        container.sh("hostname").await?,
+        fs::read_to_string("/proc/sys/kernel/hostname")?.trim()
+    );
+    ensure!(container.sh("ls /sys/class/net").await?.contains("lo"), "no interfaces in /sys");
+    for change in ["ip link add d0 type dummy", "echo 1 >/sys/kernel/profiling", "touch /sys/x"] {
+        let done = container.exec_sync(&["sh", "-c", change], 10).await?;
+        ensure!(
+            done.exit_code != 0,
+            "{change} went well: {}",
+            String::from_utf8_lossy(&done.stdout)
+        );
+    }
+    assert_eq!(container.sh("touch /x && stat -c %u /x").await?, "0");
+    // Not the node's IPC or processes.
+    for change in [
+        (|n: &mut cri::NamespaceOption| n.ipc = cri::NamespaceMode::Node.into()) as fn(&mut _),
+        |n| n.pid = cri::NamespaceMode::Node.into(),
+    ] {
+        let error = mapped(node.pod("b")).namespaces(change).run().await.map(|p| p.id).unwrap_err();
+        assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    }
     node.finish().await
 }
 

@@ -102,9 +102,9 @@ pub(super) fn pod_config(config: cri::PodSandboxConfig) -> Result<PodConfig> {
         }
     };
     let user = user_namespace(options.userns_options)?;
-    if user.is_some() && (host(options.network) || host(options.ipc) || pid == PidMode::Node) {
+    if user.is_some() && (host(options.ipc) || pid == PidMode::Node) {
         return Err(Status::failed_precondition(
-            "a pod with a user namespace of its own cannot share the node's network, IPC or PID namespace on this node",
+            "a pod with a user namespace of its own cannot share the node's IPC or PID namespace: its processes would have no rights there",
         ));
     }
     for (key, value) in &linux.sysctls {

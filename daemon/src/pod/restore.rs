@@ -176,7 +176,7 @@ fn source(services: &Services, config: &ContainerConfig) -> Option<Source> {
     }
     let image = services.images.find(&config.image)?;
     let marked = |name: &&str| image.annotations.contains_key(*name);
-    archive::IMAGE_ANNOTATIONS.iter().any(|name| marked(name)).then_some(Source::Image(image))
+    archive::IMAGE_ANNOTATIONS.iter().any(marked).then_some(Source::Image(image))
 }
 
 /// Unpacks the checkpoint that a container is to be made from, if it is one; nothing of it is left

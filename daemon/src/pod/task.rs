@@ -467,8 +467,6 @@ impl Owner {
                 match &view.record.state {
                     S::Running { .. } => drop(reply.send(Ok(Answer::Done))),
                     S::Created { .. } if self.record.state == PodState::Ready && !self.stopping => {
-                        let work = container::start(services, pod, id.clone());
-                        self.join(Op::Start(id), reply, work);
                         self.join(
                             Op::Start(id.clone()),
                             reply,
