@@ -5,6 +5,7 @@
 //! all of them; the bare plugins and runc take their turn in the same rounds. Everything is measured
 //! from outside: clocks around CRI calls, and the kernel's own account of memory.
 
+mod events;
 pub mod floor;
 pub mod peer;
 pub mod samples;
@@ -69,12 +70,14 @@ pub enum Section {
     List,
     /// Pull of an image.
     Pull,
+    /// Subscribers of events.
+    Events,
 }
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 5] =
-        [Self::Memory, Self::Restart, Self::Lifecycle, Self::List, Self::Pull];
+    pub const ALL: [Self; 6] =
+        [Self::Memory, Self::Restart, Self::Lifecycle, Self::List, Self::Pull, Self::Events];
 
     /// As `--only` takes it.
     pub fn name(self) -> &'static str {
@@ -84,6 +87,7 @@ impl Section {
             Self::Lifecycle => "lifecycle",
             Self::List => "list",
             Self::Pull => "pull",
+            Self::Events => "events",
         }
     }
 }
@@ -185,6 +189,9 @@ async fn sections(
     }
     if wants(Section::Pull) {
         pull(plan, samples, sides, registry).await?;
+    }
+    if wants(Section::Events) {
+        events::run(plan, samples, sides).await?;
     }
     Ok(())
 }

@@ -23,6 +23,7 @@ with_each_runtime! {
     image_volumes_survive_the_daemon_and_are_swept
     volumes_of_the_image_have_its_content_and_go_with_the_container
     mounts_of_the_pod_cover_volumes_of_the_image
+    mounts_lie_below_and_above_volumes_of_the_image
     options_of_mounts_take_effect
     a_pod_has_a_user_namespace_with_its_own_files
     volumes_of_a_pod_with_a_user_namespace_are_its_own
@@ -319,6 +320,52 @@ async fn mounts_of_the_pod_cover_volumes_of_the_image(runtime: &str) -> Result<(
     container.wait_for_log("mine").await?;
     let dir = node.path().join("root/volumes").join(&container.id);
     ensure!(!dir.exists(), "a volume was made that nobody sees");
+    node.finish().await
+}
+
+async fn mounts_lie_below_and_above_volumes_of_the_image(runtime: &str) -> Result<()> {
+    let mut node = Node::builder().default_runtime(runtime).start().await?;
+    let image = Image::busybox()?
+        .layer([
+            Entry::dir("data", 0o755),
+            Entry::file("data/seed", 0o644, "seed"),
+            Entry::dir("srv", 0o755),
+            Entry::dir("srv/deep", 0o755),
+            Entry::file("srv/deep/seed", 0o644, "deep seed"),
+        ])
+        .volume("/data")
+        .volume("/srv/deep")
+        .build()?;
+    let image = node.load("test/nested:1", &image).await?;
+    let host = node.path().join("host");
+    fs::create_dir_all(host.join("below"))?;
+    fs::create_dir_all(host.join("above"))?;
+    fs::write(host.join("below/mine"), "below")?;
+    fs::write(host.join("above/mine"), "above")?;
+    let pod = node.pod("a").host_network().run().await?;
+    // In the order in which nobody would mount them.
+    let container = pod
+        .container(&image)
+        .sh("sleep 1000")
+        .mount(&host.join("below"), "/data/sub/dir", |_| {})
+        .mount(&host.join("above"), "/srv", |_| {})
+        .start()
+        .await?;
+    // Below: the volume with its content, and in it the mount.
+    assert_eq!(container.sh("cat /data/seed /data/sub/dir/mine").await?, "seedbelow");
+    container.sh("echo x > /data/new; echo y > /data/sub/dir/new").await?;
+    let volumes = node.path().join("root/volumes").join(&container.id);
+    assert_eq!(fs::read_to_string(volumes.join("0/new"))?, "x\n");
+    assert_eq!(fs::read_to_string(host.join("below/new"))?, "y\n");
+    // Above: the mount, and in it the volume, as the image wants it.
+    assert_eq!(container.sh("cat /srv/mine /srv/deep/seed").await?, "abovedeep seed");
+    container.sh("echo z > /srv/deep/new").await?;
+    assert_eq!(fs::read_to_string(volumes.join("1/new"))?, "z\n");
+    ensure!(!host.join("above/deep/new").exists(), "the volume's content is in the mount");
+    container.stop(0).await?;
+    container.remove().await?;
+    ensure!(!volumes.exists(), "the volumes are left");
+    ensure!(host.join("below/new").exists(), "the node's files went with the container");
     node.finish().await
 }
 

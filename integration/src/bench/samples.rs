@@ -54,6 +54,10 @@ pub const LIST: &str = "ListContainers, 500";
 pub const LIST_QUICK: &str = "ListContainers, 100";
 /// Ten layers of 16 MiB, gzip.
 pub const PULL: &str = "PullImage, 10 layers";
+/// The daemon's CPU time for an event and what it tells of, without subscribers.
+pub const EVENT: &str = "CPU per event";
+/// The same with ten subscribers.
+pub const EVENT_TEN: &str = "CPU per event, 10 subs";
 /// From the start of the daemon to the first complete lists.
 pub const RESTART: &str = "Restart, 30 pods";
 /// PSS of a shim.
@@ -62,7 +66,7 @@ pub const SHIM: &str = "Shim PSS per pod";
 pub const POD_MEMORY: &str = "Shim + daemon per pod";
 
 /// In the order of the table, with their units.
-const METRICS: [(&str, &str); 15] = [
+const METRICS: [(&str, &str); 17] = [
     (RUN_POD, "ms"),
     (STOP_POD, "ms"),
     (REMOVE_POD, "ms"),
@@ -75,6 +79,8 @@ const METRICS: [(&str, &str); 15] = [
     (LIST, "ms"),
     (LIST_QUICK, "ms"),
     (PULL, "ms"),
+    (EVENT, "µs"),
+    (EVENT_TEN, "µs"),
     (RESTART, "ms"),
     (SHIM, "KiB"),
     (POD_MEMORY, "KiB"),

@@ -6,7 +6,7 @@
 //!   --json FILE    writes every figure there
 //!   --quick        fewer rounds, a list of 100 containers
 //!   --rounds N     rounds of the lifecycle section (default 20, with --quick 4)
-//!   --only NAME    memory, restart, lifecycle, list or pull; may be repeated
+//!   --only NAME    memory, restart, lifecycle, list, pull or events; may be repeated
 //!   --no-peer      leaves containerd out
 //! ```
 
