@@ -199,9 +199,11 @@ pub(crate) struct Container {
     /// Its PID namespace has other processes too, so the kernel does not end them all with init.
     shares_pids: bool,
     pub(crate) paused: AtomicBool,
-    /// Held while it is paused, resumed or checkpointed: a resume that comes while the other two are
-    /// at work must be the last word.
+    /// Held while it is paused, resumed or checkpointed: a resume that comes while one of the other two
+    /// is at work must be the last word.
     turn: tokio::sync::Mutex<()>,
+    /// A checkpoint under way is to be given up.
+    give_up: Notify,
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
@@ -526,6 +528,7 @@ impl Pod {
             shares_pids: !own_pids,
             paused: AtomicBool::new(false),
             turn: tokio::sync::Mutex::new(()),
+            give_up: Notify::new(),
             deleting: tokio::sync::Mutex::new(()),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
@@ -1094,8 +1097,11 @@ impl Pod {
         Ok(())
     }
 
+    /// Lets a container run on. A checkpoint of it that is under way is given up: whoever asked for
+    /// that wants it no more, or is a daemon that is gone.
     pub(crate) async fn resume(&self, id: &str) -> Called<()> {
         let container = self.container(id)?;
+        container.give_up.notify_waiters();
         let _turn = container.turn.lock().await;
         container.running("resume")?;
         container.runtime.resume(&self.reaper, id).await?;
@@ -1131,7 +1137,8 @@ impl Pod {
         criu::before_checkpoint(&container.bundle, &how.images, &runtime.name())
             .map_err(io_error("prepare the checkpoint"))?;
         let within = within.unwrap_or_else(|| runtime.deadline());
-        if let Err(error) = runtime.checkpoint(&self.reaper, id, &how, within).await {
+        let written = runtime.checkpoint(&self.reaper, id, &how, within, &container.give_up).await;
+        if let Err(error) = written {
             // A criu that was killed leaves frozen what it froze.
             if !container.paused.load(Ordering::Relaxed)
                 && let Some(cgroup) = container.cgroup()

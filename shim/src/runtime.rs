@@ -20,6 +20,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use crate::{
     bundle::Exit,
@@ -104,6 +105,8 @@ pub(crate) enum Error {
     Spawn { binary: PathBuf, source: io::Error },
     #[error("{binary} {verb}: not done within {deadline:?}; it was killed")]
     Deadline { binary: String, verb: &'static str, deadline: Duration },
+    #[error("{binary} {verb}: given up, as the container is to run on")]
+    GivenUp { binary: String, verb: &'static str },
     #[error("{binary} {verb}: {message}")]
     Refused { binary: String, verb: &'static str, reason: Reason, message: String },
     #[error("{binary} {verb}")]
@@ -334,6 +337,7 @@ impl Runtime {
         id: &str,
         how: &Checkpoint,
         deadline: Duration,
+        give_up: &Notify,
     ) -> Called<()> {
         let mut call = self.call("checkpoint");
         call.arg("--image-path").arg(&how.images);
@@ -355,12 +359,21 @@ impl Runtime {
             call.arg("--empty-ns").arg(namespace);
         }
         call.deadline = deadline;
+        call.give_up = Some(give_up);
         call.arg(id).run(reaper).await.map(drop)
     }
 
     fn call(&self, verb: &'static str) -> Call<'_> {
         let deadline = self.deadline();
-        Call { runtime: self, verb, arguments: Vec::new(), streams: None, globals: true, deadline }
+        Call {
+            runtime: self,
+            verb,
+            arguments: Vec::new(),
+            streams: None,
+            globals: true,
+            deadline,
+            give_up: None,
+        }
     }
 }
 
@@ -374,6 +387,8 @@ struct Call<'a> {
     /// Whether the global flags are put before the verb.
     globals: bool,
     deadline: Duration,
+    /// Ends it before.
+    give_up: Option<&'a Notify>,
 }
 
 impl Call<'_> {
@@ -428,13 +443,28 @@ impl Call<'_> {
         drop(command);
 
         let deadline = self.deadline;
-        let exit = match tokio::time::timeout(deadline, child.wait()).await {
-            Ok(exit) => exit.map_err(io)?,
-            Err(_) => {
+        let give_up = async {
+            match self.give_up {
+                Some(give_up) => give_up.notified().await,
+                None => std::future::pending().await,
+            }
+        };
+        let exit = tokio::select! {
+            // What has ended is not given up.
+            biased;
+            exit = child.wait() => Ok(exit.map_err(io)?),
+            () = tokio::time::sleep(deadline) => {
+                Err(Error::Deadline { binary: binary.clone(), verb, deadline })
+            }
+            () = give_up => Err(Error::GivenUp { binary: binary.clone(), verb }),
+        };
+        let exit = match exit {
+            Ok(exit) => exit,
+            Err(error) => {
                 kill_group(child.pid());
                 // SIGKILL is certain but for uninterruptible sleep; then the sweep gets it.
                 let _ = tokio::time::timeout(Duration::from_secs(1), child.wait()).await;
-                return Err(Error::Deadline { binary, verb, deadline });
+                return Err(error);
             }
         };
         if exit == Exit::Code(0) {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat},
+    fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps},
     io::Errno,
 };
 
@@ -111,7 +111,17 @@ pub fn remove_deleted(root: &Mounted, deleted: &[PathBuf]) -> io::Result<()> {
         let path = crate::spec::clean(&path.to_string_lossy());
         let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { continue };
         match root.directory(parent) {
-            Ok(Some(parent)) => tree::remove_at(parent.as_fd(), name)?,
+            Ok(Some(parent)) => {
+                let stat = rustix::fs::fstat(&parent)?;
+                tree::remove_at(parent.as_fd(), name)?;
+                // It was changed when the container did it, not now.
+                let time = |tv_sec, nanos: u64| Timespec { tv_sec, tv_nsec: nanos as i64 };
+                let times = Timestamps {
+                    last_access: time(stat.st_atime, stat.st_atime_nsec),
+                    last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
+                };
+                rustix::fs::futimens(&parent, &times)?;
+            }
             Ok(None) => {}
             Err(error) if error.kind() == io::ErrorKind::NotADirectory => {}
             Err(error) => return Err(error),

@@ -204,13 +204,12 @@ pub(super) async fn write(
     let paused = begun.elapsed();
     let written = match captured {
         Ok(()) => {
-            let (parts, ctx) = (parts(&services, &view, &records, &stage), stage.clone());
-            let to = what.to.clone();
             let ended = ended_by(deadline, Arc::default());
-            let records = records.clone();
-            let view = view.clone();
+            let (stage, to, view) = (stage.clone(), what.to.clone(), view.clone());
+            // Looks at the node's volumes too: any of that may sleep in the kernel.
             let packed = tokio::task::spawn_blocking(move || {
-                publish(&ctx, &to, &view, &records, parts?, &ended)
+                let parts = parts(&services, &view, &records, &stage)?;
+                publish(&stage, &to, &view, &records, parts, &ended)
             });
             packed.await.unwrap_or(Err(Error::Panicked))
         }
@@ -624,4 +623,50 @@ fn publish(
     fs::rename(partial, path).map_err(io_at("give the checkpoint its name", path))?;
     let parent = path.parent().unwrap_or(Path::new("/"));
     sync(parent).map_err(io_at("sync", parent))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_target_is_new_or_one_that_may_be_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("file"), "").unwrap();
+        fs::create_dir_all(at("full/inside")).unwrap();
+        fs::create_dir(at("empty")).unwrap();
+        std::os::unix::fs::symlink("file", at("link")).unwrap();
+        let archive = |name: &str| check_target(&Target::Archive(at(name)));
+        let directory = |name: &str| check_target(&Target::Directory(at(name)));
+        archive("new").unwrap();
+        archive("file").unwrap();
+        directory("new").unwrap();
+        directory("empty").unwrap();
+        for (result, says) in [
+            (archive("empty"), "something else than a file"),
+            // The rename would replace the link, which nobody means.
+            (archive("link"), "something else than a file"),
+            (archive("no/such"), "make it first"),
+            (archive("file/below"), "make it first"),
+            (directory("full"), "not empty"),
+            (directory("file"), "there is a file"),
+            (check_target(&Target::Archive("relative".into())), "absolute"),
+            (check_target(&Target::Archive("/".into())), "names no file"),
+        ] {
+            let error = result.unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+
+    #[test]
+    fn work_that_blocks_ends_at_the_deadline_or_by_the_flag() {
+        let flag = Arc::new(AtomicBool::new(false));
+        let go_on = ended_by(Instant::now() + Duration::from_secs(600), flag.clone());
+        go_on().unwrap();
+        flag.store(true, Ordering::Relaxed);
+        assert_eq!(go_on().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        let late = ended_by(Instant::now(), Arc::default());
+        assert_eq!(late().unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
 }
