@@ -11,9 +11,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use holdfast_integration::{
-    Node, Pod,
+    Image, Node, Pod,
     node::on,
     pod::{Container, ContainerBuilder},
+    tar::Entry,
     wait::Look,
 };
 use holdfast_protos::cri;
@@ -189,6 +190,56 @@ async fn a_container_is_checkpointed_runs_on_and_comes_back_in_another_pod() -> 
     restored.stop(1).await?;
     assert_eq!(restored.status().await?.exit_code, 137);
     restored.remove().await?;
+    node.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_with_a_checkpoint_is_restored_and_its_base_is_pulled() -> Result<()> {
+    let mut node = Node::builder().fake_criu().start().await?;
+    let image = node.busybox().await?;
+    let pod = node.pod("a").host_network().run().await?;
+    let container = pod.container(&image).sh(COUNT).start().await?;
+    container.wait_for_log("up").await?;
+    container.sh("echo changed > /etc/motd; rm /bin/wc").await?;
+    let archive = node.path().join("c.tar");
+    checkpoint(&container, &archive, 0).await?;
+    // As `buildah add` makes them of an archive, and as an archive in a layer.
+    let found = files(&archive)?;
+    let entries: Vec<Entry> = found
+        .iter()
+        .map(|(name, content)| match name.strip_suffix('/') {
+            Some(name) => Entry::dir(name, 0o700),
+            None => Entry::file(name, 0o600, content.clone()),
+        })
+        .collect();
+    let unpacked = Image::empty().layer(entries).build()?;
+    let unpacked = unpacked.annotated("org.criu.checkpoint.container.name", "main")?;
+    let packed =
+        Image::empty().layer([Entry::file("c.tar", 0o600, fs::read(&archive)?)]).build()?;
+    let packed = packed.annotated("io.kubernetes.cri-o.annotations.checkpoint.name", "main")?;
+    let unpacked = node.load("test/unpacked:1", &unpacked).await?;
+    let packed = node.load("test/packed:1", &packed).await?;
+    // The image below it is not here any more.
+    let base = container.status().await?.image_id;
+    container.stop(0).await?;
+    container.remove().await?;
+    node.remove_image(&base).await?;
+    for (name, from) in [("unpacked", &unpacked), ("packed", &packed)] {
+        let restored = pod.container(from).name(name).create().await.context(name)?;
+        assert_eq!(restored.status().await?.image_id, base, "{name}");
+        restored.start().await?;
+        assert_eq!(restored.sh("cat /etc/motd").await?, "changed");
+        restored.sh("! [ -e /bin/wc ]").await?;
+        goes_on(&restored).await?;
+    }
+    ensure!(node.image(&base).await?.is_some(), "the base was not pulled");
+    // An image that only says so.
+    let liar = Image::busybox()?.build()?.annotated("org.criu.checkpoint.container.name", "x")?;
+    let liar = node.load("test/liar:1", &liar).await?;
+    let error = pod.container(&liar).name("liar").create().await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    ensure!(error.message().contains("no checkpoint"), "{error}");
+    no_stages(&node)?;
     node.finish().await
 }
 
