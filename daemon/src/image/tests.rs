@@ -22,7 +22,7 @@ use super::{
     },
     *,
 };
-use crate::error::chain;
+use crate::{error::chain, pod::config::IdMapping};
 
 /// An image store in a directory of its own.
 pub(super) struct Node {
