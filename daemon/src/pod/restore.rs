@@ -241,7 +241,10 @@ async fn take(services: &Services, source: Source, dir: PathBuf) -> Result<Found
 /// The path of the one archive that an image has at its root, if it has nothing else there.
 fn contained(root: &Mounted) -> Result<Option<PathBuf>, Error> {
     use std::os::fd::{AsFd, AsRawFd};
-    let names = crate::image::tree::names(root.as_fd()).map_err(io_at("read", Path::new("/")))?;
+    let read = io_at("read the image's", Path::new("/"));
+    let Some(top) = root.directory(Path::new("/")).map_err(read)? else { return Ok(None) };
+    let names = crate::image::tree::names(top.as_fd());
+    let names = names.map_err(io_at("read the image's", Path::new("/")))?;
     let [(name, kind)] = names.as_slice() else { return Ok(None) };
     let is_tar = Path::new(name).extension().is_some_and(|extension| extension == "tar");
     if !is_tar || *kind != rustix::fs::FileType::RegularFile {
