@@ -113,6 +113,17 @@ pub struct Images {
     pub pull_timeout: Duration,
     /// Bound on what one layer may unpack to, in bytes.
     pub max_layer_size: u64,
+    /// How layers that come are kept.
+    pub layer_format: LayerFormat,
+}
+
+/// How a layer is kept on disk. Layers of both kinds can be in one image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerFormat {
+    /// A directory of files.
+    Directories,
+    /// An EROFS image, mounted from its file.
+    Erofs,
 }
 
 /// OCI runtimes and what drives them.
@@ -401,6 +412,14 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
             stall_timeout: key("images.stall_timeout").duration(&raw.images.stall_timeout)?,
             pull_timeout: key("images.pull_timeout").duration(&raw.images.pull_timeout)?,
             max_layer_size: key("images.max_layer_size").size(&raw.images.max_layer_size)?,
+            layer_format: match raw.images.layer_format.as_str() {
+                "directories" => LayerFormat::Directories,
+                "erofs" => LayerFormat::Erofs,
+                other => {
+                    let rule = "it must be \"directories\" or \"erofs\"";
+                    return Err(key("images.layer_format").bad_text(other, rule));
+                }
+            },
         },
         runtime: Runtime {
             default: raw.runtime.default,
@@ -761,6 +780,11 @@ fn raw_of(config: &Config) -> RawConfig {
             stall_timeout: units::format_duration(config.images.stall_timeout),
             pull_timeout: units::format_duration(config.images.pull_timeout),
             max_layer_size: units::format_size(config.images.max_layer_size),
+            layer_format: match config.images.layer_format {
+                LayerFormat::Directories => "directories",
+                LayerFormat::Erofs => "erofs",
+            }
+            .to_owned(),
         },
         runtime: RawRuntime {
             default: config.runtime.default.clone(),

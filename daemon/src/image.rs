@@ -1,7 +1,7 @@
 //! Images: pulling, unpacking, keeping, and the root file systems made from them.
 //!
 //! ```text
-//! <root>/layers/<number>      unpacked layers, in overlayfs form       (layers, unpack, tar)
+//! <root>/layers/<number>      unpacked layers, in overlayfs form       (layers, unpack, erofs, tar)
 //! <root>/recipes/<number>     how to make a layer's archive again      (recipe)
 //! <root>/ingest/<number>      the same on their way                    (pull, registry, archive)
 //! <root>/snapshots/<id>       containers' writable layers              (snapshots, overlay)
@@ -13,6 +13,9 @@
 //! Invariant: a record is written after what it names is on disk, and goes before it is removed.
 //! An image in the index is complete.
 //!
+//! Layers that are complete when their pull fails for a reason that may pass, or with the daemon, are kept
+//! for [`KEEP_UNFINISHED`]: the pull that is tried again goes on from there.
+//!
 //! Removing an image that a container uses succeeds: the image is gone from all lists at once, its
 //! layers stay until the last root file system on them is removed.
 
@@ -20,10 +23,12 @@ pub mod archive;
 pub mod authfile;
 mod connect;
 pub mod diff;
+pub mod erofs;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
 pub mod overlay;
+mod pipeline;
 pub mod pull;
 pub mod recipe;
 pub mod reference;
@@ -48,7 +53,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use arc_swap::ArcSwap;
@@ -99,6 +104,11 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// What the configuration asks for.
+    #[error(
+        "layers cannot be kept as EROFS images (images.layer_format): that needs Linux 6.15 with CONFIG_EROFS_FS_BACKED_BY_FILE"
+    )]
+    NoErofs(#[source] io::Error),
     /// A pull. Shared by all that joined it.
     #[error("pull {reference}")]
     Pull {
@@ -183,7 +193,7 @@ impl Kinded for Error {
             Error::Import(source) => source.kind(),
             Error::OtherSnapshot { .. } => Kind::AlreadyExists,
             Error::Gone(_) => Kind::NotFound,
-            Error::Unmapped { .. } => Kind::Precondition,
+            Error::Unmapped { .. } | Error::NoErofs(_) => Kind::Precondition,
             Error::Open { source, .. }
             | Error::Snapshot { source, .. }
             | Error::Mount { source, .. }
@@ -323,6 +333,8 @@ struct Shared {
     layers: Layers,
     snapshots: Snapshots,
     index: ArcSwap<Index>,
+    /// Layers of pulls that were interrupted; holding them keeps them on disk.
+    unfinished: Mutex<Vec<Arc<Layer>>>,
     /// Held over record and index, so that both change in the same order.
     writer: tokio::sync::Mutex<()>,
     /// By normalised references and platform.
@@ -332,6 +344,10 @@ struct Shared {
     tasks: TaskTracker,
     stop: CancellationToken,
 }
+
+/// How long layers of a pull that was interrupted wait for the next one. A kubelet tries again within
+/// five minutes.
+const KEEP_UNFINISHED: Duration = Duration::from_secs(15 * 60);
 
 /// What is visible. Never changed, only replaced.
 #[derive(Clone, Default)]
@@ -377,8 +393,27 @@ impl Images {
             blocking(move || Found::look(&dirs, &named, &containers)).await?
         };
         let found = found.map_err(|source| Error::Open { path: root.to_owned(), source })?;
+        if config.layer_format == config::LayerFormat::Erofs {
+            let scratch = dirs.ingest();
+            blocking(move || erofs::probe(&scratch)).await?.map_err(Error::NoErofs)?;
+        }
         let layers = Layers::new(root, found.next, store.clone());
+        let mut unfinished = Vec::new();
+        for path in &found.leftovers {
+            let number = path.file_name().and_then(|name| name.to_str()?.parse().ok());
+            if path.parent() == Some(&dirs.layers())
+                && let Some(layer) = number.and_then(|number| layers.adopt(number))
+            {
+                tracing::info!(?layer, "layer of an interrupted pull is kept");
+                unfinished.push(layer);
+            }
+        }
+        let kept: HashSet<String> = unfinished.iter().map(|layer| layer.id().to_string()).collect();
         for path in found.leftovers {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if path.parent() != Some(&dirs.ingest()) && kept.contains(&*name) {
+                continue;
+            }
             tracing::info!(path = %path.display(), "leftover is removed");
             layers.reap(Reap::Path(path));
         }
@@ -429,7 +464,7 @@ impl Images {
             }
             snapshots.restore(id, image, held);
         }
-        Ok(Self {
+        let images = Self {
             shared: Arc::new(Shared {
                 root: root.to_owned(),
                 config,
@@ -438,13 +473,16 @@ impl Images {
                 layers,
                 snapshots,
                 index: ArcSwap::from_pointee(index),
+                unfinished: Mutex::default(),
                 writer: tokio::sync::Mutex::default(),
                 flights: Mutex::default(),
                 next_flight: Default::default(),
                 tasks: TaskTracker::new(),
                 stop: CancellationToken::new(),
             }),
-        })
+        };
+        images.shared.keep_unfinished(unfinished);
+        Ok(images)
     }
 
     /// Pulls an image, or joins a pull of it that is under way. `platform` is
@@ -550,6 +588,8 @@ impl Images {
         let id = image.id.clone();
         // The caller's own handle must not keep the layers.
         drop(image);
+        // Somebody wants room.
+        shared.let_go_of_unfinished();
         joined(self.shared.tasks.spawn(async move {
             let _writer = shared.writer.lock().await;
             shared.store.remove_image(&id).await?;
@@ -646,8 +686,10 @@ impl Images {
         self.shared.snapshots.ids()
     }
 
-    /// Ends all pulls and waits for what must not be interrupted.
+    /// Ends all pulls and waits for what must not be interrupted. Their complete layers stay for the next
+    /// start.
     pub async fn shutdown(&self) {
+        self.shared.layers.close();
         self.shared.stop.cancel();
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
@@ -708,9 +750,12 @@ impl Shared {
                     tracing::info!(name = landing.key.0, image = %image.id, "image pulled")
                 }
                 // Nothing is left behind when the caller hears of it.
-                Err(_) => {
+                Err(error) => {
                     unpackers.close();
                     unpackers.wait().await;
+                    if matches!(error, pull::Error::Cancelled) || error.kind() == Kind::Exhausted {
+                        shared.let_go_of_unfinished();
+                    }
                     shared.layers.flush().await;
                 }
             }
@@ -722,6 +767,29 @@ impl Shared {
         };
         let done = done.boxed().shared();
         Running { number, progress: watched, done, cancel, lasting: false, watching: 0 }
+    }
+
+    /// Keeps layers for the pull that is tried again.
+    fn keep_unfinished(self: &Arc<Self>, layers: Vec<Arc<Layer>>) {
+        if layers.is_empty() {
+            return;
+        }
+        let numbers: HashSet<LayerId> = layers.iter().map(|layer| layer.id()).collect();
+        self.unfinished.lock().expect("no panic while it is held").extend(layers);
+        let shared = Arc::downgrade(self);
+        // A runtime that ends needs no end of their time.
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        runtime.spawn(async move {
+            tokio::time::sleep(KEEP_UNFINISHED).await;
+            if let Some(shared) = shared.upgrade() {
+                let mut unfinished = shared.unfinished.lock().expect("no panic while it is held");
+                unfinished.retain(|layer| !numbers.contains(&layer.id()));
+            }
+        });
+    }
+
+    fn let_go_of_unfinished(&self) {
+        self.unfinished.lock().expect("no panic while it is held").clear();
     }
 
     fn named(&self, name: &str) -> Option<(Arc<Image>, String)> {
@@ -738,7 +806,10 @@ impl Shared {
             let syncing = shared.clone();
             blocking(move || syncing.layers.sync()).await?.map_err(pull::Error::Sync)?;
             let _writer = shared.writer.lock().await;
-            shared.record(new).await
+            let image = shared.record(new).await?;
+            let recorded = (shared.clone(), image.clone());
+            blocking(move || recorded.0.layers.recorded(&recorded.1.layers)).await?;
+            Ok(image)
         }))
         .await?
     }

@@ -367,6 +367,28 @@ impl Pod {
         }
     }
 
+    /// The shim after this connection to it broke: the same one, or one that took over.
+    async fn client_after(&self, broken: &client::Client) -> Result<client::Client, Error> {
+        if self.view().record.foreign.is_some() {
+            // Its containers' shims are others', and nobody takes over from those.
+            return Err(Error::PodNotReady(self.id.clone()));
+        }
+        let mut link = self.link.clone();
+        let other = link.wait_for(|link| match link {
+            Link::Up(client) => !client.is(broken),
+            Link::Pending => false,
+            Link::Down => true,
+        });
+        match tokio::time::timeout(RECONNECT, other).await {
+            Ok(Ok(link)) => match &*link {
+                Link::Up(client) => Ok(client.clone()),
+                Link::Pending | Link::Down => Err(Error::PodNotReady(self.id.clone())),
+            },
+            Ok(Err(_)) => Err(Error::Closed),
+            Err(_) => Err(Error::Unreachable(self.id.clone())),
+        }
+    }
+
     /// Hands an operation to the owner and waits for its end. Dropping this future ends only the
     /// waiting.
     async fn ask(&self, request: task::Request) -> Shared<task::Answer> {

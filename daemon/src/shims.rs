@@ -5,6 +5,8 @@
 
 pub mod foreign;
 
+mod keep;
+
 use std::{
     path::{Path, PathBuf},
     time::Duration,
@@ -16,8 +18,10 @@ use holdfast_protos::shim::{
 };
 use holdfast_shim::{
     bundle::Bundle,
-    client::{self, Client, Command, Endpoint},
+    client::{self, Client, Command, Endpoint, ErrorKind},
+    control::Control,
 };
+use tokio::time::Instant;
 
 use crate::{
     config::Config,
@@ -29,6 +33,8 @@ pub const NAMESPACE: &str = "k8s.io";
 
 /// How long a shim may take to answer a first connection.
 const CONNECT: Duration = Duration::from_secs(10);
+/// How long a new shim may take to take over what a dead one had.
+const ADOPT: Duration = Duration::from_secs(30);
 /// How long `shim start` and `shim delete` may take.
 const BINARY: Duration = Duration::from_secs(30);
 
@@ -45,6 +51,7 @@ pub struct Shims {
     systemd: bool,
     timeout: Duration,
     debug: bool,
+    lent: keep::Lent,
     foreign: foreign::Foreign,
 }
 
@@ -61,6 +68,7 @@ impl Shims {
             systemd: config.runtime.cgroup_driver == crate::config::CgroupDriver::Systemd,
             timeout: config.runtime.timeout,
             debug: config.log.level.contains("debug") || config.log.level.contains("trace"),
+            lent: keep::Lent::default(),
             foreign: foreign::Foreign::default(),
         };
         passable_dir(&shims.bundles)?;
@@ -134,6 +142,30 @@ impl Shims {
     /// Starts a pod's shim and connects to it.
     pub async fn start(&self, id: &PodId) -> Result<(Endpoint, Client), client::Error> {
         let endpoint = self.command(id.as_str(), &self.pod_bundle(id), None).start(BINARY).await?;
+        let client = self.connect(&endpoint).await?;
+        Ok((endpoint, client))
+    }
+
+    /// Starts a shim where a pod's shim has died, and has it take over what that one had: its
+    /// containers' processes, their output, and what was lent to us.
+    pub async fn revive(&self, id: &PodId) -> Result<(Endpoint, Client), client::Error> {
+        let bundle = self.pod_bundle(id);
+        let endpoint = self.command(id.as_str(), &bundle, None).start_again(BINARY).await?;
+        let control = Control::new(&bundle);
+        // One that a daemon before us has started may have taken over already.
+        let by = Instant::now() + CONNECT;
+        let hello = loop {
+            match control.hello(CONNECT).await {
+                // It listens a moment after it was started; what is there before is the dead one's.
+                Err(error) if error.kind() == ErrorKind::Closed && Instant::now() < by => {
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                hello => break hello?,
+            }
+        };
+        if hello.orphaned {
+            control.adopt(&self.lent.of(id), ADOPT).await?;
+        }
         let client = self.connect(&endpoint).await?;
         Ok((endpoint, client))
     }

@@ -8,6 +8,7 @@
 mod events;
 pub mod floor;
 pub mod peer;
+mod pull;
 pub mod samples;
 
 use std::{
@@ -20,22 +21,21 @@ use anyhow::{Context as _, Result, bail, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use holdfast_protos::cri as api;
 
+pub use self::pull::PULLED;
 use self::{
     floor::Floor,
     peer::Containerd,
     samples::{
         CONTAINERD, CREATE, CREATE_START, Column, EXEC, HOLDFAST, LIST, LIST_QUICK, POD_MEMORY,
-        PULL, REMOVE, REMOVE_POD, RESTART, RUN_POD, SHIM, START, STOP, STOP_POD, Samples,
+        REMOVE, REMOVE_POD, RESTART, RUN_POD, SHIM, START, STOP, STOP_POD, Samples,
     },
 };
 use crate::{
     Image, Node, Registry,
     cri::{Cri, Images, Runtime},
     ground::Ground,
-    image::Builder,
     node::image_spec,
     pod::PodBuilder,
-    tar::Entry,
     wait::{Look, eventually},
 };
 
@@ -103,6 +103,8 @@ pub struct Plan {
     pub sections: Vec<Section>,
     /// Whether containerd is measured where it is installed.
     pub peer: bool,
+    /// Which images the pull section pulls; empty: all of them.
+    pub images: Vec<String>,
 }
 
 /// Measures. Figures that were taken before an error are in `samples` all the same.
@@ -188,7 +190,7 @@ async fn sections(
         list(plan, samples, sides).await?;
     }
     if wants(Section::Pull) {
-        pull(plan, samples, sides, registry).await?;
+        pull::run(plan, samples, sides, registry).await?;
     }
     if wants(Section::Events) {
         events::run(plan, samples, sides).await?;
@@ -216,56 +218,6 @@ async fn list(plan: &Plan, samples: &mut Samples, sides: &mut [Side]) -> Result<
         side.clear().await?;
     }
     Ok(())
-}
-
-async fn pull(
-    plan: &Plan,
-    samples: &mut Samples,
-    sides: &mut [Side],
-    registry: &Registry,
-) -> Result<()> {
-    progress("an image of ten layers");
-    let image = ten_layers()?;
-    let reference = registry.push("bench/ten:1", &image).await?;
-    let last = image.layers.last().context("ten layers")?;
-    let path = format!("/v2/bench/ten/blobs/{}", last.digest);
-    let rounds = if plan.quick { 2 } else { 7 };
-    for round in 0..rounds {
-        progress(format!("pull {}/{rounds}", round + 1));
-        for side in sides.iter_mut() {
-            let before = registry.gets(&path).await?;
-            let started = Instant::now();
-            side.pull(&reference).await?;
-            samples.add(PULL, side.column, millis(started));
-            // Otherwise it is not a pull that was measured.
-            eventually(Duration::from_secs(5), "the registry to log the download", async || {
-                let gets = registry.gets(&path).await?;
-                Ok(Look::when(gets > before, || format!("{gets} as before")))
-            })
-            .await
-            .with_context(|| format!("{} had the layers already", side.column))?;
-            side.remove_image(&reference).await?;
-        }
-    }
-    Ok(())
-}
-
-/// 160 MiB in 2560 files, which gzip makes half as large.
-fn ten_layers() -> Result<Image> {
-    let mut builder: Builder = Image::empty().cmd(["/none"]);
-    for layer in 0..10 {
-        let mut entries = vec![Entry::dir(&format!("layer{layer}"), 0o755)];
-        for file in 0..256 {
-            let mut content: Vec<u8> = vec![0; 64 << 10];
-            rand::fill(&mut content[..]);
-            for byte in &mut content {
-                *byte = b"etaoinshrdlucmfw"[usize::from(*byte & 15)];
-            }
-            entries.push(Entry::file(&format!("layer{layer}/{file}"), 0o644, content));
-        }
-        builder = builder.layer(entries);
-    }
-    builder.build()
 }
 
 #[derive(Debug)]
@@ -532,9 +484,7 @@ impl Side {
     }
 
     async fn pull(&mut self, reference: &str) -> Result<()> {
-        let request =
-            api::PullImageRequest { image: Some(image_spec(reference)), ..Default::default() };
-        let pulled = self.images.pull_image(request).await;
+        let pulled = self.images.pull_image(pull_request(reference)).await;
         pulled.with_context(|| format!("{} pulls {reference}", self.column))?;
         Ok(())
     }
@@ -579,6 +529,10 @@ impl Side {
             }
         }
     }
+}
+
+fn pull_request(reference: &str) -> api::PullImageRequest {
+    api::PullImageRequest { image: Some(image_spec(reference)), ..Default::default() }
 }
 
 async fn complete(cri: &Cri) -> Result<bool> {

@@ -10,10 +10,13 @@
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount, umount},
 };
@@ -47,14 +50,18 @@ impl Hugetlb {
             let hybrid = Path::new(UNIFIED).join("cgroup.controllers").exists();
             if hybrid && !is_mounted() && controllers().iter().all(|name| name == "hugetlb") {
                 fs::create_dir_all(MOUNT)?;
-                mount(
+                let mounted = mount(
                     Some("cgroup"),
                     MOUNT,
                     Some("cgroup"),
                     MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
                     Some("hugetlb"),
-                )
-                .context("mount the v1 hugetlb hierarchy")?;
+                );
+                match mounted {
+                    // Another process was faster, or the kernel is still taking the last one down.
+                    Err(Errno::EBUSY) => thread::sleep(Duration::from_millis(20)),
+                    other => other.context("mount the v1 hugetlb hierarchy")?,
+                }
             }
             drop(exclusive);
             let lock = flock(FlockArg::LockShared)?;

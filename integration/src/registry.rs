@@ -111,6 +111,23 @@ impl Registry {
     /// # Errors
     /// The log does not come.
     pub async fn gets(&self, path: &str) -> Result<usize> {
+        Ok(self.whole_log().await?.matches(&format!("\"GET {path} ")).count())
+    }
+
+    /// The requests about a repository since the start, as "METHOD path".
+    ///
+    /// # Errors
+    /// The log does not come.
+    pub async fn asked(&self, repository: &str) -> Result<Vec<String>> {
+        let path = format!(" /v2/{repository}/");
+        let log = self.whole_log().await?;
+        // The access log has requests in quotes: "GET /v2/… HTTP/1.1".
+        let requests = log.split('"').filter_map(|part| part.strip_suffix(" HTTP/1.1"));
+        Ok(requests.filter(|line| line.contains(&path)).map(str::to_owned).collect())
+    }
+
+    /// The log with all requests that were answered before this call.
+    async fn whole_log(&self) -> Result<String> {
         // It logs a request after it has answered: what is asked now is in the log after the rest.
         let mark = format!("/v2/?mark={}", rand::random::<u32>());
         self.remote.request(Method::GET, &mark, &[], Bytes::new()).await?;
@@ -119,7 +136,7 @@ impl Registry {
             Ok(Look::when(log.contains(&mark), || format!("{} bytes", log.len())))
         })
         .await?;
-        Ok(self.log().matches(&format!("\"GET {path} ")).count())
+        Ok(self.log())
     }
 
     /// Pushes an image under `name` ("repository:tag"); its reference for pulling.

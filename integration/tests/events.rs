@@ -154,12 +154,12 @@ async fn ten_subscribers_are_told_everything_in_order() -> Result<()> {
 async fn a_subscriber_that_stalls_holds_nobody_up_and_misses_no_final_state() -> Result<()> {
     let mut node = Node::start().await?;
     let image = node.busybox().await?;
-    let pods =
-        [node.pod("a").host_network().run().await?, node.pod("b").host_network().run().await?];
-    // The last of the four never reads until all is over; its buffers, the client's window and ours,
-    // are full long before: each event carries a whole pod.
+    // One reads as it goes. The other does not until all is over; its buffers, the client's window and
+    // ours, are full long before: each event carries a whole pod.
     let mut stalled = subscribe(&node).await?;
     let mut reader = subscribe(&node).await?;
+    let pods =
+        [node.pod("a").host_network().run().await?, node.pod("b").host_network().run().await?];
     let (end, mut ended) = tokio::sync::oneshot::channel::<()>();
     let reading = tokio::spawn(async move {
         let mut known = Known::default();

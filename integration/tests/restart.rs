@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use holdfast_integration::{
-    Node, Pod, eventually, ground::is_zombie, log, node::on, pod::PodBuilder, wait::Look,
+    Node, Pod, eventually, ground::is_zombie, log, pod::PodBuilder, wait::Look,
 };
 use holdfast_protos::cri;
 use rand::Rng as _;
@@ -332,35 +332,5 @@ async fn a_pod_can_be_stopped_and_removed_after_a_restart() -> Result<()> {
     pod.stop().await?;
     pod.remove().await?;
     node.nothing_left_since(&baseline).await?;
-    node.finish().await
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_dead_shim_is_noticed_and_leaves_no_process() -> Result<()> {
-    let mut node = Node::start().await?;
-    let image = node.busybox().await?;
-    let pod = node.pod("a").run().await?;
-    let container = pod.container(&image).sh("exec sleep 1234").start().await?;
-    let is = |pid: &i32, word: &str| {
-        std::fs::read(format!("/proc/{pid}/cmdline"))
-            .is_ok_and(|line| String::from_utf8_lossy(&line).contains(word))
-    };
-    let shim = node
-        .ground()
-        .processes()
-        .into_iter()
-        .find(|pid| is(pid, "containerd-shim-holdfast-v2"))
-        .context("no shim is running")?;
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), nix::sys::signal::Signal::SIGKILL)?;
-    let status = container.wait().await?;
-    ensure!(status.exit_code != 0, "{status:?}");
-    on(&node, Duration::from_secs(10), "its processes to be gone", async || {
-        let left: Vec<i32> =
-            node.ground().processes().into_iter().filter(|pid| is(pid, "1234")).collect();
-        Ok(Look::when(left.is_empty(), || format!("{left:?}")))
-    })
-    .await?;
-    pod.stop().await?;
-    pod.remove().await?;
     node.finish().await
 }

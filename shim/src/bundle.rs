@@ -3,7 +3,7 @@
 //! ```text
 //! container  config.json rootfs/ stdout stderr stdin (FIFOs) exit.json init.pid options.json
 //!            criu.conf
-//! pod        address shim.pid io.sock ns/{net,ipc,uts,user,pid} hostname hosts resolv.conf shm/
+//! pod        address shim.pid shim.json io.sock ns/{net,ipc,uts,user,pid} hostname hosts resolv.conf shm/
 //! ```
 //! Under containerd a bundle is both at once.
 
@@ -82,6 +82,11 @@ impl Bundle {
     /// The shim's ttrpc address, written by `start`.
     pub fn address(&self) -> PathBuf {
         self.dir.join("address")
+    }
+
+    /// What the shim knows, for the one that comes after it should it die.
+    pub fn shim_state(&self) -> PathBuf {
+        self.dir.join("shim.json")
     }
 
     /// The shim's pid in decimal, written by `start`.
@@ -194,6 +199,9 @@ pub struct ExitRecord {
     /// The kernel killed a process of the container for want of memory, and the container ended
     /// with something else than success.
     pub oom_killed: bool,
+    /// Nobody could tell how it ended (its shim was dead at the time): `status` is made up.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lost: bool,
 }
 
 impl ExitRecord {
@@ -285,6 +293,7 @@ mod tests {
             status: Exit::Signal(9),
             at: UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789),
             oom_killed: true,
+            lost: false,
         }
     }
 

@@ -146,6 +146,7 @@ impl Error {
             Some(("not found", rest)) => (ErrorKind::NotFound, rest),
             Some(("precondition", rest)) => (ErrorKind::Precondition, rest),
             Some(("invalid", rest)) => (ErrorKind::Invalid, rest),
+            Some(("unsupported", rest)) => (ErrorKind::Unimplemented, rest),
             _ => (ErrorKind::Other, text),
         };
         Error::Refused { call, kind, message: message.to_owned() }
@@ -301,6 +302,15 @@ impl Command {
             (Ok(_), None) => {}
         }
         result
+    }
+
+    /// Starts our own shim where one has died. What that one left behind stays as it is, also after an
+    /// error.
+    ///
+    /// # Errors
+    /// As [`Command::start`].
+    pub async fn start_again(&self, deadline: Duration) -> Result<Endpoint, Error> {
+        self.start_as(Dialect::Options, deadline).await
     }
 
     async fn start_as(&self, dialect: Dialect, deadline: Duration) -> Result<Endpoint, Error> {
@@ -716,6 +726,16 @@ impl Client {
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
+    }
+
+    /// Whether it is the same connection.
+    pub fn is(&self, other: &Client) -> bool {
+        Arc::ptr_eq(&self.version2, &other.version2)
+    }
+
+    /// Whether the connection is gone.
+    pub fn is_closed(&self) -> bool {
+        self.gone.has_changed().is_err()
     }
 
     /// Resolves when the connection is gone, at once if it is already.

@@ -264,6 +264,7 @@ fn serve(arguments: &Arguments) -> Result<(), String> {
         events,
         default_runtime(&arguments.namespace),
     );
+    pod.begin();
     let done = run_async(live(listener, pod.clone()));
     let _ = fs::remove_file(pod.bundle.io_socket());
     if let Some(socket) = socket {
@@ -323,6 +324,7 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
                 // processes to.
                 if came & (1 << libc::SIGTERM | 1 << libc::SIGINT) != 0
                     && pod.is_empty()
+                    && !pod.orphan_is_waiting()
                     && pod.relays.is_empty()
                 {
                     pod.exit();
@@ -412,6 +414,7 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
     if !shim_answers(bundle) {
         namespaces::remove(bundle);
         let _ = fs::remove_file(bundle.io_socket());
+        let _ = fs::remove_file(bundle.shim_state());
         remove_dead_socket(bundle);
     }
     if !problems.is_empty() {

@@ -1,8 +1,9 @@
 //! The pod's private control socket (`io.sock` in the pod's bundle, mode 0600): what the shim
-//! contract lacks, log reopening and attach.
+//! contract lacks, log reopening, attach, and what it takes that nothing ends with a shim.
 //!
 //! One request per connection:
 //! ```text
+//! -> hello\n                          <- ok <Hello as JSON>\n
 //! -> reopen <container>\n             <- ok\n | error <text>\n
 //! -> attach <container> [i][o][e]\n   <- ok\n | error <text>\n, then frames both ways
 //! -> relay <Relay as JSON>\n        <- ok\n | error <text>\n
@@ -10,7 +11,18 @@
 //! frame: kind u8, length u32 big endian, payload
 //! -> 0 stdin (empty: end of input)   4 resize (u16 width, u16 height, big endian)
 //! <- 1 stdout   2 stderr   3 end (empty: the container's output has ended)
+//! -> keep\n                           <- ok\n, then 5 keep (a descriptor and its name) and 6 drop (name)
+//! -> adopt\n                          <- ok\n
+//! -> 5 keep …, 3 end                  <- ok\n | error <text>\n
 //! ```
+//! `keep` lasts as long as the shim: it lends the daemon what would be lost with it (pidfds, the read
+//! ends of output pipes, masters of terminals). `adopt` tells a new shim to take over what the bundle
+//! says that the dead one had, with what that one had lent.
+//!
+//! A peer of another version: a word that is not known is answered with an error of kind `invalid` or
+//! `unsupported`, and whoever asked does without; fields of [`Hello`] are only ever added, each with
+//! a default.
+//!
 //! An attached client that does not read is dropped when its bounded buffer is full; it never
 //! stalls the container.
 
@@ -41,6 +53,10 @@ pub enum Kind {
     End = 3,
     /// New size of the terminal.
     Resize = 4,
+    /// A descriptor to be kept, under this name.
+    Keep = 5,
+    /// It is not to be kept any more.
+    Drop = 6,
 }
 
 impl Kind {
@@ -52,6 +68,8 @@ impl Kind {
             2 => Kind::Stderr,
             3 => Kind::End,
             4 => Kind::Resize,
+            5 => Kind::Keep,
+            6 => Kind::Drop,
             _ => return None,
         })
     }
@@ -82,6 +100,23 @@ pub struct Attach {
     pub stderr: bool,
 }
 
+/// Version of the words that this end knows.
+pub const VERSION: u32 = 2;
+
+/// Who is at the other end of a control socket. A shim from before `hello` is the default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Hello {
+    /// [`VERSION`] of that end.
+    pub control: u32,
+    /// Its release.
+    pub version: String,
+    /// Version of the state that it hands over and takes over.
+    pub state: u32,
+    /// It was started where another shim has died, and waits for `adopt`.
+    pub orphaned: bool,
+}
+
 /// Streams of a container that another shim runs: FIFOs in its bundle, which we log and let others
 /// attach to. The other shim is given their paths ([`crate::bundle::Bundle::stdout`] and so on).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +138,12 @@ pub struct Relay {
 /// A request line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
+    /// Who are you?
+    Hello,
+    /// Lend me what would be lost with you.
+    Keep,
+    /// Take over what a dead shim had.
+    Adopt,
     /// Close the container's log and open its path again.
     Reopen(String),
     /// Attach to the container.
@@ -118,6 +159,9 @@ impl Request {
     /// The line, with its line feed.
     pub fn line(&self) -> String {
         match self {
+            Request::Hello => "hello\n".into(),
+            Request::Keep => "keep\n".into(),
+            Request::Adopt => "adopt\n".into(),
             Request::Reopen(container) => format!("reopen {container}\n"),
             Request::Relay(relay) => {
                 let json = serde_json::to_string(relay).expect("plain data has a JSON form");
@@ -138,6 +182,12 @@ impl Request {
 
     /// The request of a line without its line feed.
     pub fn parse(line: &str) -> Option<Self> {
+        match line {
+            "hello" => return Some(Request::Hello),
+            "keep" => return Some(Request::Keep),
+            "adopt" => return Some(Request::Adopt),
+            _ => {}
+        }
         if let Some(json) = line.strip_prefix("relay ") {
             return serde_json::from_str(json).ok().map(Request::Relay);
         }
@@ -165,6 +215,7 @@ impl Request {
 
 #[cfg(feature = "client")]
 pub use self::client::{AttachInput, AttachOutput, AttachStream, Control, Output};
+pub use crate::fds::Kept;
 
 #[cfg(feature = "client")]
 mod client {
@@ -179,8 +230,10 @@ mod client {
         sync::Mutex,
     };
 
-    use super::{Attach, FRAME_MAX, HEADER, Kind, LINE_MAX, Request, header, parse_header};
-    use crate::{bundle::Bundle, client::Error};
+    use super::{
+        Attach, FRAME_MAX, HEADER, Hello, Kept, Kind, LINE_MAX, Request, header, parse_header,
+    };
+    use crate::{bundle::Bundle, client::Error, fds};
 
     /// The way to a pod's control socket.
     #[derive(Clone, Debug)]
@@ -248,15 +301,89 @@ mod client {
             Ok(AttachStream { input: AttachInput { write }, output })
         }
 
+        /// Who is there. A shim that does not know the question is one from before it.
+        ///
+        /// # Errors
+        /// Nobody answers within `deadline`.
+        pub async fn hello(&self, deadline: Duration) -> Result<Hello, Error> {
+            let call = "hello";
+            let io = |source| Error::Io { call, source };
+            let asked = async {
+                let mut stream = self.connect().await.map_err(io)?;
+                write_line(&mut stream, &Request::Hello).await.map_err(io)?;
+                let reply = fds::Reader::new(&stream).line().await.map_err(io)?;
+                match reply.split_once(' ') {
+                    Some(("ok", json)) => serde_json::from_str(json).map_err(|e| io(e.into())),
+                    Some(("error", _)) => Ok(Hello::default()),
+                    _ => Err(Error::Closed { call }),
+                }
+            };
+            let answer = tokio::time::timeout(deadline, asked).await;
+            answer.map_err(|_| Error::Deadline { call, deadline })?
+        }
+
+        /// Follows what the shim lends, until it is gone: `changed` is told of each descriptor, and
+        /// with `None` of one that is not to be kept any more.
+        ///
+        /// # Errors
+        /// The shim cannot be reached, does not know the word, or breaks the protocol.
+        pub async fn keep(
+            &self,
+            mut changed: impl FnMut(String, Option<std::os::fd::OwnedFd>),
+        ) -> Result<(), Error> {
+            let call = "keep";
+            let io = |source| Error::Io { call, source };
+            let mut stream = self.connect().await.map_err(io)?;
+            write_line(&mut stream, &Request::Keep).await.map_err(io)?;
+            let mut reader = fds::Reader::new(&stream);
+            accepted(call, &reader.line().await.map_err(io)?)?;
+            while let Some(frame) = reader.frame().await.map_err(io)? {
+                match frame.kind {
+                    Kind::Keep | Kind::Drop => changed(frame.name, frame.fd),
+                    // Of a newer shim.
+                    _ => {}
+                }
+            }
+            Ok(())
+        }
+
+        /// Has a new shim take over what the one that died here had, and what that had lent.
+        ///
+        /// # Errors
+        /// It cannot; or it does not answer within `deadline`.
+        pub async fn adopt(&self, kept: &Kept, deadline: Duration) -> Result<(), Error> {
+            use std::os::fd::AsFd as _;
+            let call = "adopt";
+            let io = |source| Error::Io { call, source };
+            let adopted = async {
+                let mut stream = self.connect().await.map_err(io)?;
+                write_line(&mut stream, &Request::Adopt).await.map_err(io)?;
+                let mut reader = fds::Reader::new(&stream);
+                accepted(call, &reader.line().await.map_err(io)?)?;
+                for (name, fd) in kept {
+                    let sent = fds::send(&stream, Kind::Keep, name, Some(fd.as_fd())).await;
+                    sent.map_err(io)?;
+                }
+                fds::send(&stream, Kind::End, "", None).await.map_err(io)?;
+                accepted(call, &reader.line().await.map_err(io)?)
+            };
+            let answer = tokio::time::timeout(deadline, adopted).await;
+            answer.map_err(|_| Error::Deadline { call, deadline })?
+        }
+
+        async fn connect(&self) -> io::Result<UnixStream> {
+            // sun_path holds 107 bytes and bundles are deep: connect through a short alias.
+            let (_dir, short) = short_path(&self.socket)?;
+            UnixStream::connect(short).await
+        }
+
         async fn ask(
             &self,
             call: &'static str,
             request: &Request,
         ) -> Result<(BufReader<OwnedReadHalf>, OwnedWriteHalf), Error> {
             let io = |source| Error::Io { call, source };
-            // sun_path holds 107 bytes and bundles are deep: connect through a short alias.
-            let (_dir, short) = short_path(&self.socket).map_err(io)?;
-            let stream = UnixStream::connect(short).await.map_err(io)?;
+            let stream = self.connect().await.map_err(io)?;
             let (read, mut write) = stream.into_split();
             write.write_all(request.line().as_bytes()).await.map_err(io)?;
             let mut read = BufReader::new(read);
@@ -268,6 +395,18 @@ mod client {
                 Some(("error", text)) => Err(Error::refused(call, text)),
                 _ => Err(Error::Closed { call }),
             }
+        }
+    }
+
+    async fn write_line(stream: &mut UnixStream, request: &Request) -> io::Result<()> {
+        stream.write_all(request.line().as_bytes()).await
+    }
+
+    fn accepted(call: &'static str, reply: &str) -> Result<(), Error> {
+        match reply.split_once(' ') {
+            None if reply == "ok" => Ok(()),
+            Some(("error", text)) => Err(Error::refused(call, text)),
+            _ => Err(Error::Closed { call }),
         }
     }
 
@@ -377,7 +516,7 @@ mod client {
                     Kind::Stdout => return Ok(Some(Output::Stdout(payload))),
                     Kind::Stderr => return Ok(Some(Output::Stderr(payload))),
                     Kind::End => return Ok(None),
-                    Kind::Stdin | Kind::Resize => {}
+                    Kind::Stdin | Kind::Resize | Kind::Keep | Kind::Drop => {}
                 }
             }
         }
@@ -394,6 +533,9 @@ mod tests {
     fn requests_read_as_they_are_written() {
         let all = Attach { stdin: true, stdout: true, stderr: true };
         for request in [
+            Request::Hello,
+            Request::Keep,
+            Request::Adopt,
             Request::Reopen("a".into()),
             Request::Attach("b".into(), all),
             Request::Attach("c".into(), Attach::default()),
@@ -415,6 +557,8 @@ mod tests {
     fn what_is_no_request_is_refused() {
         for line in [
             "",
+            "hello you",
+            "keep ",
             "reopen",
             "reopen ",
             "attach a x",

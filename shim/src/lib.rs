@@ -13,6 +13,7 @@
 pub mod bundle;
 pub mod cgroup;
 pub mod control;
+mod fds;
 pub mod options;
 pub mod timestamp;
 

@@ -77,6 +77,20 @@ impl Log {
         })
     }
 
+    /// Goes on with the log at `path` after a shim that died, perhaps in the middle of a record. A log
+    /// that cannot be opened now is tried again as long as there is output.
+    pub(crate) fn resume(path: PathBuf) -> Self {
+        let file = open(&path).and_then(|file| mend(&path, &file).map(|()| file)).ok();
+        Self {
+            path,
+            file,
+            unfinished: [Vec::new(), Vec::new()],
+            clock: Clock::default(),
+            dropped: Dropped::default(),
+            tried: None,
+        }
+    }
+
     /// Takes output of the container; `out` is a buffer of [`OUT_SIZE`]. Gives how much of it was
     /// used.
     pub(crate) fn write(&mut self, stream: Stream, bytes: &[u8], out: &mut [u8]) -> usize {
@@ -214,6 +228,22 @@ impl Log {
     }
 }
 
+/// Takes away the part of a record that a log ends with: a line of it has no meaning, and would spoil
+/// the next one.
+fn mend(path: &PathBuf, file: &File) -> io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    let size = file.metadata()?.len();
+    // What is longer is no record of ours.
+    let tail = size.min((OVERHEAD + LINE_MAX) as u64);
+    let mut bytes = vec![0; tail as usize];
+    File::open(path)?.read_exact_at(&mut bytes, size - tail)?;
+    let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+    if whole < bytes.len() && (whole > 0 || tail == size) {
+        file.set_len(size - tail + whole as u64)?;
+    }
+    Ok(())
+}
+
 fn open(path: &PathBuf) -> io::Result<File> {
     let file = OpenOptions::new()
         .create(true)
@@ -286,6 +316,28 @@ mod tests {
                 (stream, tag, words.next().unwrap().to_vec())
             })
             .collect()
+    }
+
+    #[test]
+    fn after_a_shim_that_died_the_log_goes_on_at_a_whole_record() {
+        let (_dir, path, mut log, mut out) = log();
+        log.write(Stream::Stdout, b"one\ntwo\n", &mut out);
+        let whole = fs::read(&path).unwrap();
+        for cut in [b"2026-01-01T00:00".to_vec(), vec![b'x'; 9000], Vec::new()] {
+            fs::write(&path, [&whole[..], &cut].concat()).unwrap();
+            let mut log = Log::resume(path.clone());
+            log.write(Stream::Stderr, b"three\n", &mut out);
+            let texts: Vec<_> = records(&path).into_iter().map(|(.., text)| text).collect();
+            assert_eq!(texts, [&b"one"[..], b"two", b"three"]);
+        }
+        // Not a log of ours: nothing of it is taken away.
+        let foreign = vec![b'x'; 3 * LINE_MAX];
+        fs::write(&path, &foreign).unwrap();
+        drop(Log::resume(path.clone()));
+        assert_eq!(fs::read(&path).unwrap(), foreign);
+        fs::write(&path, b"only a part").unwrap();
+        drop(Log::resume(path.clone()));
+        assert_eq!(fs::read(&path).unwrap(), b"");
     }
 
     fn log() -> (tempfile::TempDir, PathBuf, Log, Vec<u8>) {

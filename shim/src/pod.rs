@@ -7,19 +7,24 @@
 //! wait on purpose: a process' exit is told only after its start has been (`Process::order`), and a
 //! container's exit only after those of its execs.
 
+mod adopt;
+mod saved;
+
+pub(crate) use saved::VERSION as STATE_VERSION;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
 };
 
 use holdfast_protos::shim::{api, events::task as event, topics};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
 use crate::{
@@ -27,7 +32,7 @@ use crate::{
     cgroup::Cgroup,
     criu, mounts, namespaces,
     options::PodOptions,
-    process::{Owned, Reaper, lock, report},
+    process::{Owned, Reaper, lock, report, stat_of},
     publish::Events,
     relay::Relays,
     runtime::{self, Checkpoint, Place, Reason, Runtime},
@@ -52,6 +57,8 @@ const ID_MAX: usize = 128;
 pub(crate) enum Error {
     #[error("{0}: not found")]
     NotFound(String),
+    #[error("the pod's shim has died, and this one has not taken over yet")]
+    Orphaned,
     #[error("{0}: exists already")]
     AlreadyExists(String),
     #[error("{0}")]
@@ -103,7 +110,7 @@ impl Stage {
 }
 
 /// The stdio URIs of a process, as they were given.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Uris {
     pub(crate) stdin: String,
     pub(crate) stdout: String,
@@ -131,6 +138,9 @@ pub(crate) struct Process {
     order: tokio::sync::Mutex<()>,
     io: Mutex<Option<Io>>,
     owned: Mutex<Option<Arc<Owned>>>,
+    /// When it began, in clock ticks after the boot; 0: not yet.
+    began: AtomicU64,
+    stdin_closed: AtomicBool,
 }
 
 impl Process {
@@ -142,7 +152,15 @@ impl Process {
             order: tokio::sync::Mutex::new(()),
             io: Mutex::default(),
             owned: Mutex::default(),
+            began: AtomicU64::new(0),
+            stdin_closed: AtomicBool::new(false),
         }
+    }
+
+    fn own(&self, owned: &Arc<Owned>) {
+        let began = stat_of(owned.pid()).map_or(0, |stat| stat.began);
+        self.began.store(began, Ordering::Relaxed);
+        *lock(&self.owned) = Some(owned.clone());
     }
 
     pub(crate) fn stage(&self) -> Stage {
@@ -165,6 +183,12 @@ impl Process {
     /// Runs `f` with the streams, when they are open.
     pub(crate) fn with_io<T>(&self, f: impl FnOnce(&mut Io) -> T) -> Option<T> {
         lock(&self.io).as_mut().map(f)
+    }
+
+    /// Lets go of the write side of its standard input.
+    pub(crate) fn close_stdin(&self) {
+        self.stdin_closed.store(true, Ordering::Relaxed);
+        self.with_io(Io::close_stdin);
     }
 
     async fn drain(&self) {
@@ -291,13 +315,14 @@ pub(crate) struct Sandbox {
     netns: Option<PathBuf>,
     pub(crate) created_at: Option<SystemTime>,
     starting: bool,
-    init: Option<Arc<Owned>>,
+    /// With when it began, in clock ticks after the boot.
+    init: Option<(Arc<Owned>, u64)>,
     pub(crate) ended: watch::Sender<Option<Ended>>,
 }
 
 impl Sandbox {
     pub(crate) fn pid(&self) -> u32 {
-        self.init.as_ref().map_or(0, |init| init.pid())
+        self.init.as_ref().map_or(0, |(init, _)| init.pid())
     }
 }
 
@@ -330,6 +355,10 @@ pub(crate) struct Pod {
     pub(crate) leave: Notify,
     pub(crate) leaving: AtomicBool,
     calls: AtomicUsize,
+    /// What is lent to the daemon may have changed.
+    pub(crate) lent: Notify,
+    /// Another shim has died here, and what it had is not taken over yet.
+    orphan: Mutex<bool>,
 }
 
 #[derive(Deserialize, Default)]
@@ -355,7 +384,7 @@ struct SpecUser {
 }
 
 /// Who the ids of a container's user namespace are on the node.
-#[derive(Deserialize, Default, Clone)]
+#[derive(Serialize, Deserialize, Debug, Default, Clone)]
 #[serde(default)]
 pub(crate) struct IdMaps {
     #[serde(rename = "uidMappings")]
@@ -364,7 +393,7 @@ pub(crate) struct IdMaps {
     gids: Vec<SpecIds>,
 }
 
-#[derive(Deserialize, Clone, Copy)]
+#[derive(Serialize, Deserialize, Debug, Clone, Copy)]
 struct SpecIds {
     #[serde(rename = "containerID")]
     container: u32,
@@ -432,11 +461,16 @@ impl Pod {
             leave: Notify::new(),
             leaving: AtomicBool::new(false),
             calls: AtomicUsize::new(0),
+            lent: Notify::new(),
+            orphan: Mutex::default(),
         })
     }
 
     /// The container of this id.
     pub(crate) fn container(&self, id: &str) -> Called<Arc<Container>> {
+        if self.orphan_is_waiting() {
+            return Err(Error::Orphaned);
+        }
         match lock(&self.containers).get(id) {
             Some(Slot::Made(container)) => Ok(container.clone()),
             Some(Slot::Taken) | None => Err(Error::NotFound(format!("container {id}"))),
@@ -475,6 +509,9 @@ impl Pod {
     /// OCI create.
     pub(crate) async fn create(self: &Arc<Self>, create: Create) -> Called<u32> {
         valid_id("container", &create.id)?;
+        if self.orphan_is_waiting() {
+            return Err(Error::Orphaned);
+        }
         let streams = create.uris.parse()?;
         let spec = Bundle::new(&create.bundle).config();
         let spec: Spec = fs::read(&spec)
@@ -546,6 +583,7 @@ impl Pod {
                 }
             };
         lock(&self.containers).insert(create.id.clone(), Slot::Made(container.clone()));
+        self.changed();
 
         let mut told = event::TaskCreate::new();
         told.container_id = create.id;
@@ -648,7 +686,7 @@ impl Pod {
         }
         io.launched().await.map_err(io_error("pass on the output"))?;
         let owned = Arc::new(owned);
-        *lock(&container.init.owned) = Some(owned.clone());
+        container.init.own(&owned);
         Ok(owned)
     }
 
@@ -713,6 +751,7 @@ impl Pod {
         told.pid = pid;
         // An exit that came meanwhile waits for `order`, so the stage is still the one of before.
         container.init.stage.send_replace(Stage::Running { pid });
+        self.changed();
         self.events.send(topics::TASK_START_EVENT_TOPIC, "TaskStart", &told);
         Ok(pid)
     }
@@ -799,6 +838,7 @@ impl Pod {
         exit: io::Result<Exit>,
         at: SystemTime,
     ) {
+        let lost = exit.is_err();
         let exit = exit.unwrap_or_else(|error| {
             report!("container {}: its exit code is lost: {error}", container.id);
             Exit::Code(255)
@@ -806,7 +846,7 @@ impl Pod {
         // The counter goes with the cgroup.
         let before = container.oom_kills_before.get().copied().unwrap_or_default();
         let kills = container.cgroup().and_then(Cgroup::oom_kills).unwrap_or_default();
-        let oom_killed = kills > before && exit != Exit::Code(0);
+        let oom_killed = kills > before && exit != Exit::Code(0) && !lost;
         if container.shares_pids
             && let Some(cgroup) = container.cgroup()
             && let Err(error) = cgroup.kill()
@@ -826,7 +866,7 @@ impl Pod {
         .await;
         container.init.drain().await;
 
-        let record = ExitRecord { pid, status: exit, at, oom_killed };
+        let record = ExitRecord { pid, status: exit, at, oom_killed, lost };
         if let Err(error) = record.store(container.bundle.exit_record()) {
             report!("container {}: write its exit record: {error}", container.id);
         }
@@ -838,6 +878,7 @@ impl Pod {
         let ended = Ended { pid, status: exit.wire_status(), at };
         self.tell_exit(&container.id, &container.id, ended);
         container.init.stage.send_replace(Stage::Ended(ended));
+        self.changed();
         self.leave.notify_one();
     }
 
@@ -925,8 +966,9 @@ impl Pod {
         }
         let owned = Arc::new(owned);
         *lock(&process.io) = Some(io);
-        *lock(&process.owned) = Some(owned.clone());
+        process.own(&owned);
         process.stage.send_replace(Stage::Running { pid });
+        self.changed();
 
         let mut told = event::TaskExecStarted::new();
         told.container_id = container.id.clone();
@@ -934,8 +976,19 @@ impl Pod {
         told.pid = pid;
         self.events.send(topics::TASK_EXEC_STARTED_EVENT_TOPIC, "TaskExecStarted", &told);
 
+        self.watch_exec(container, exec, process.clone(), owned);
+        Ok(pid)
+    }
+
+    /// Follows an exec to its end.
+    fn watch_exec(
+        self: &Arc<Self>,
+        container: &Container,
+        exec: &str,
+        process: Arc<Process>,
+        owned: Arc<Owned>,
+    ) {
         let (pod, container, exec) = (self.clone(), container.id.clone(), exec.to_owned());
-        let process = process.clone();
         tokio::spawn(async move {
             let exit = owned.wait().await;
             let at = SystemTime::now();
@@ -946,11 +999,11 @@ impl Pod {
             let _order = process.order.lock().await;
             *lock(&process.owned) = None;
             process.drain().await;
-            let ended = Ended { pid, status: exit.wire_status(), at };
+            let ended = Ended { pid: owned.pid(), status: exit.wire_status(), at };
             pod.tell_exit(&container, &exec, ended);
             process.stage.send_replace(Stage::Ended(ended));
+            pod.changed();
         });
-        Ok(pid)
     }
 
     /// Removes a container that has ended (or never began), or an exec.
@@ -972,6 +1025,7 @@ impl Pod {
             if let Some(io) = removed.and_then(|process| lock(&process.io).take()) {
                 io.close();
             }
+            self.changed();
             return Ok(ended);
         }
         let _turn = container.deleting.lock().await;
@@ -985,8 +1039,11 @@ impl Pod {
             }
             Stage::Created { .. } => {
                 // Killed and waited for first: `delete --force` of something alive sleeps.
-                container.init.signal(&container.name(""), libc::SIGKILL)?;
-                container.init.ended().await
+                match container.init.signal(&container.name(""), libc::SIGKILL) {
+                    // Dead already, and about to be settled.
+                    Ok(()) | Err(Error::NotFound(_)) => container.init.ended().await,
+                    Err(error) => return Err(error),
+                }
             }
         };
         if let Err(error) = container.runtime.delete(&self.reaper, id, false).await {
@@ -1018,6 +1075,7 @@ impl Pod {
             }
         }
         lock(&self.containers).remove(id);
+        self.changed();
 
         let mut told = event::TaskDelete::new();
         told.container_id = id.to_owned();
@@ -1091,6 +1149,7 @@ impl Pod {
         container.running("pause")?;
         container.runtime.pause(&self.reaper, id).await?;
         container.paused.store(true, Ordering::Relaxed);
+        self.changed();
         let mut told = event::TaskPaused::new();
         told.container_id = id.to_owned();
         self.events.send(topics::TASK_PAUSED_EVENT_TOPIC, "TaskPaused", &told);
@@ -1106,6 +1165,7 @@ impl Pod {
         container.running("resume")?;
         container.runtime.resume(&self.reaper, id).await?;
         container.paused.store(false, Ordering::Relaxed);
+        self.changed();
         let mut told = event::TaskResumed::new();
         told.container_id = id.to_owned();
         self.events.send(topics::TASK_RESUMED_EVENT_TOPIC, "TaskResumed", &told);
@@ -1183,6 +1243,9 @@ impl Pod {
         if !bundle.is_dir() {
             return Err(Error::Invalid(format!("bundle {} is no directory", bundle.display())));
         }
+        if self.orphan_is_waiting() {
+            return Err(Error::Orphaned);
+        }
         let mut sandbox = lock(&self.sandbox);
         if let Some(other) = &*sandbox {
             return Err(Error::AlreadyExists(format!("pod {}", other.id)));
@@ -1206,6 +1269,9 @@ impl Pod {
         id: &str,
         f: impl FnOnce(&mut Sandbox) -> Called<T>,
     ) -> Called<T> {
+        if self.orphan_is_waiting() {
+            return Err(Error::Orphaned);
+        }
         match &mut *lock(&self.sandbox) {
             Some(sandbox) if sandbox.id == id => f(sandbox),
             _ => Err(Error::NotFound(format!("pod {id}"))),
@@ -1223,30 +1289,36 @@ impl Pod {
         })?;
         let made = namespaces::create(&bundle, &options, netns.as_deref(), &self.reaper).await;
         let at = SystemTime::now();
-        self.with_sandbox(id, |sandbox| {
+        let started = self.with_sandbox(id, |sandbox| {
             sandbox.starting = false;
             let made = made?;
             sandbox.created_at = Some(at);
             if let Some(init) = made.init {
+                let began = stat_of(init.pid()).map_or(0, |stat| stat.began);
                 let init = Arc::new(init);
-                sandbox.init = Some(init.clone());
-                let (pod, id) = (self.clone(), id.to_owned());
-                tokio::spawn(async move {
-                    let exit = init.wait().await.unwrap_or(Exit::Code(255));
-                    let ended = Ended {
-                        pid: init.pid(),
-                        status: exit.wire_status(),
-                        at: SystemTime::now(),
-                    };
-                    let _ = pod.with_sandbox(&id, |sandbox| {
-                        sandbox.init = None;
-                        sandbox.ended.send_replace(Some(ended));
-                        Ok(())
-                    });
-                });
+                sandbox.init = Some((init.clone(), began));
+                self.watch_pod_init(id.to_owned(), init);
             }
             Ok((sandbox.pid(), at))
-        })
+        });
+        self.changed();
+        started
+    }
+
+    /// Follows the pod's init to its end.
+    fn watch_pod_init(self: &Arc<Self>, id: String, init: Arc<Owned>) {
+        let pod = self.clone();
+        tokio::spawn(async move {
+            let exit = init.wait().await.unwrap_or(Exit::Code(255));
+            let at = SystemTime::now();
+            let ended = Ended { pid: init.pid(), status: exit.wire_status(), at };
+            let _ = pod.with_sandbox(&id, |sandbox| {
+                sandbox.init = None;
+                sandbox.ended.send_replace(Some(ended));
+                Ok(())
+            });
+            pod.changed();
+        });
     }
 
     /// Ends every process of the pod: SIGTERM, SIGKILL after `grace`, the init last.
@@ -1280,7 +1352,7 @@ impl Pod {
             container.init.ended().await;
         }
         let init = self.with_sandbox(id, |sandbox| Ok(sandbox.init.clone()))?;
-        if let Some(init) = init {
+        if let Some((init, _)) = init {
             let mut ended = self.with_sandbox(id, |sandbox| Ok(sandbox.ended.subscribe()))?;
             let _ = init.signal(libc::SIGTERM);
             if tokio::time::timeout(INIT_GRACE, ended.wait_for(Option::is_some)).await.is_err() {
@@ -1315,6 +1387,7 @@ impl Pod {
         let bundle = self.with_sandbox(id, |sandbox| Ok(sandbox.bundle.clone()))?;
         namespaces::remove(&bundle);
         *lock(&self.sandbox) = None;
+        let _ = fs::remove_file(self.bundle.shim_state());
         self.exit();
         Ok(())
     }

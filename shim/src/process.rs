@@ -20,6 +20,9 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::bundle::Exit;
 
+/// How long the end of a process that is not ours may go without anybody knowing how it was.
+const STRANGER: std::time::Duration = std::time::Duration::from_secs(5);
+
 /// Writes a line to the shim's own log, which is its standard error.
 macro_rules! report {
     ($($part:tt)*) => {{
@@ -157,10 +160,22 @@ impl Reaper {
         let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, raw, 0) };
         let fd = check(fd as libc::c_int)?;
         // SAFETY: a new descriptor that is nobody else's.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        self.own_fd(pid, unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Owns a process, child or not, by a pidfd that was opened while it lived.
+    pub(crate) fn own_fd(self: &Arc<Self>, pid: u32, fd: OwnedFd) -> io::Result<Owned> {
         let fd = watch_fd(fd, Interest::READABLE)?;
-        lock(&self.state).owned.push(raw);
+        lock(&self.state).owned.push(pid.cast_signed());
         Ok(Owned { pid, fd, reaper: self.clone() })
+    }
+
+    /// Owns a process that is nobody's child of ours, if it is still the one that began at `began`.
+    pub(crate) fn own_stranger(self: &Arc<Self>, pid: u32, began: u64) -> Option<Owned> {
+        let owned = self.own(pid).ok()?;
+        // Looked at after the pidfd was opened: a pid that was given away since belongs to a process
+        // that began later.
+        (stat_of(pid)?.began == began).then_some(owned)
     }
 
     /// Reaps the orphans that have ended.
@@ -208,14 +223,45 @@ impl Owned {
         self.pid
     }
 
-    /// Waits for its end, and reaps it.
-    pub(crate) async fn wait(&self) -> io::Result<Exit> {
-        self.fd.readable().await?.retain_ready();
-        self.reap()
+    /// Its pidfd.
+    pub(crate) fn pidfd(&self) -> &OwnedFd {
+        self.fd.get_ref()
     }
 
+    /// Waits for its end, and reaps it.
+    pub(crate) async fn wait(&self) -> io::Result<Exit> {
+        self.ended().await?;
+        self.exit().await
+    }
+
+    /// Waits for its end, and reaps nothing.
+    pub(crate) async fn ended(&self) -> io::Result<()> {
+        self.fd.readable().await?.retain_ready();
+        Ok(())
+    }
+
+    /// Reaps it, once it has ended. A process that is not our child (the runtime kept it, or its
+    /// shim died and we adopted it) is reaped by somebody else; how it ended is known all the same.
+    pub(crate) async fn exit(&self) -> io::Result<Exit> {
+        if let Some(exit) = self.reap()? {
+            return Ok(exit);
+        }
+        let by = tokio::time::Instant::now() + STRANGER;
+        loop {
+            if let Some(exit) = self.exit_of_stranger() {
+                return Ok(exit);
+            }
+            if tokio::time::Instant::now() >= by {
+                return Err(io::Error::other("nobody can tell how it ended"));
+            }
+            // Between its end and its reaping neither has the kernel told.
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    }
+
+    /// `None`: it is no child of ours.
     #[expect(unsafe_code, reason = "waitid(2)")]
-    fn reap(&self) -> io::Result<Exit> {
+    fn reap(&self) -> io::Result<Option<Exit>> {
         // SAFETY: zero is a valid siginfo; its fields are read as those of an ended child.
         unsafe {
             let mut info: libc::siginfo_t = std::mem::zeroed();
@@ -223,18 +269,26 @@ impl Owned {
             match check(libc::waitid(libc::P_PIDFD, fd, &raw mut info, libc::WEXITED)) {
                 Ok(_) => {
                     let status = info.si_status();
-                    Ok(match info.si_code {
+                    Ok(Some(match info.si_code {
                         libc::CLD_EXITED => Exit::Code(status as u8),
                         _ => Exit::Signal(status as u8),
-                    })
+                    }))
                 }
-                // Not our child: the runtime kept it. The kernel still knows how it ended.
-                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => {
-                    exit_of_stranger(&self.fd)
-                }
+                Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(None),
                 Err(error) => Err(error),
             }
         }
+    }
+
+    /// How a process ended that we cannot reap: the kernel tells by the pidfd once it was reaped
+    /// (Linux 6.15), and in /proc as long as it was not (proc_pid_stat(5), `exit_code`).
+    fn exit_of_stranger(&self) -> Option<Exit> {
+        if let Some(exit) = exit_by_pidfd(&self.fd) {
+            return Some(exit);
+        }
+        let stat = stat_of(self.pid).filter(|stat| stat.zombie)?;
+        // The stat was this process' only if that is still there: a reaped one takes no signal.
+        self.signal(0).ok().map(|()| exit_of_status(stat.exit_code))
     }
 
     /// Sends a signal to it, and to nothing else.
@@ -268,7 +322,7 @@ impl Drop for Owned {
 
 /// `PIDFD_GET_INFO` with the exit bit: Linux 6.15 (include/uapi/linux/pidfd.h).
 #[expect(unsafe_code, reason = "ioctl(2)")]
-fn exit_of_stranger(fd: &AsyncFd<OwnedFd>) -> io::Result<Exit> {
+fn exit_by_pidfd(fd: &AsyncFd<OwnedFd>) -> Option<Exit> {
     #[repr(C)]
     #[derive(Default)]
     struct PidfdInfo {
@@ -281,13 +335,75 @@ fn exit_of_stranger(fd: &AsyncFd<OwnedFd>) -> io::Result<Exit> {
     const GET_INFO: libc::c_ulong = 0xc040_ff0b;
     let mut info = PidfdInfo { mask: EXIT, ..PidfdInfo::default() };
     // SAFETY: the structure is that of the request, 64 bytes.
-    check(unsafe { libc::ioctl(fd.as_raw_fd(), GET_INFO, &raw mut info) })?;
-    if info.mask & EXIT == 0 {
-        return Err(io::Error::other("the kernel does not tell how it ended"));
-    }
-    Ok(if libc::WIFSIGNALED(info.exit_code) {
-        Exit::Signal(libc::WTERMSIG(info.exit_code) as u8)
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), GET_INFO, &raw mut info) }).ok()?;
+    (info.mask & EXIT != 0).then(|| exit_of_status(info.exit_code))
+}
+
+/// A wait status (wait(2)) of a process that has ended.
+fn exit_of_status(status: i32) -> Exit {
+    if libc::WIFSIGNALED(status) {
+        Exit::Signal(libc::WTERMSIG(status) as u8)
     } else {
-        Exit::Code(libc::WEXITSTATUS(info.exit_code) as u8)
+        Exit::Code(libc::WEXITSTATUS(status) as u8)
+    }
+}
+
+/// What /proc/PID/stat says (proc_pid_stat(5)).
+pub(crate) struct Stat {
+    /// It has ended, and nobody has reaped it.
+    zombie: bool,
+    /// When it began, in clock ticks after the boot: with the pid it names a process for good.
+    pub(crate) began: u64,
+    exit_code: i32,
+}
+
+/// Of the process that has this pid now.
+pub(crate) fn stat_of(pid: u32) -> Option<Stat> {
+    parse_stat(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+}
+
+fn parse_stat(stat: &str) -> Option<Stat> {
+    // The name may hold anything, even what looks like its end.
+    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_whitespace().collect();
+    Some(Stat {
+        zombie: matches!(*fields.first()?, "Z" | "X"),
+        began: fields.get(19)?.parse().ok()?,
+        exit_code: fields.get(49)?.parse().ok()?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proc_stat_is_read_by_place_whatever_the_name_is() {
+        let mut fields = vec!["0".to_owned(); 50];
+        fields[0] = "Z".into();
+        fields[19] = "4711".into();
+        fields[49] = "10752".into();
+        let stat = parse_stat(&format!("12 (a) S 1 2) {}\n", fields.join(" "))).unwrap();
+        assert!(stat.zombie);
+        assert_eq!((stat.began, exit_of_status(stat.exit_code)), (4711, Exit::Code(42)));
+        assert!(parse_stat("12 (a) R 1").is_none());
+        assert_eq!(exit_of_status(9), Exit::Signal(9));
+        assert_eq!(exit_of_status(0x80 | 11), Exit::Signal(11), "with a core");
+    }
+
+    #[tokio::test]
+    async fn the_exit_of_somebody_elses_child_is_known_while_it_is_a_zombie_and_after() {
+        // The shell leaves its child to whoever reaps orphans here, and that may take its time.
+        let script = "sh -c 'read x <\"$0\"; exit 42' \"$0\" >/dev/null 2>&1 & echo $!";
+        let dir = tempfile::tempdir().unwrap();
+        let gate = dir.path().join("gate");
+        nix::unistd::mkfifo(&gate, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let said = Command::new("sh").args(["-c", script]).arg(&gate).output().unwrap();
+        let pid: u32 = String::from_utf8(said.stdout).unwrap().trim().parse().unwrap();
+        let reaper = Arc::<Reaper>::default();
+        let began = stat_of(pid).unwrap().began;
+        assert!(reaper.own_stranger(pid, began + 1).is_none(), "another process");
+        let owned = reaper.own_stranger(pid, began).unwrap();
+        std::fs::write(&gate, "go\n").unwrap();
+        assert_eq!(owned.wait().await.unwrap(), Exit::Code(42));
+    }
 }

@@ -21,11 +21,14 @@ use crate::{
 const DRAIN: Duration = Duration::from_secs(2);
 
 /// Streams of one container.
-pub(crate) struct Relay(Mutex<Io>);
+pub(crate) struct Relay {
+    asked: control::Relay,
+    io: Mutex<Io>,
+}
 
 impl Relay {
     pub(crate) fn with_io<T>(&self, f: impl FnOnce(&mut Io) -> T) -> T {
-        f(&mut lock(&self.0))
+        f(&mut lock(&self.io))
     }
 }
 
@@ -42,13 +45,18 @@ impl Relays {
         lock(&self.0).is_empty()
     }
 
+    /// What was asked for, to be begun again by a shim after this one.
+    pub(crate) fn asked(&self) -> Vec<control::Relay> {
+        lock(&self.0).values().map(|relay| relay.asked.clone()).collect()
+    }
+
     /// Begins; a second request for a container is fine.
     pub(crate) async fn begin(&self, relay: &control::Relay) -> io::Result<()> {
         if self.find(&relay.container).is_some() {
             return Ok(());
         }
         let io = Io::relay(relay).await?;
-        let new = Arc::new(Relay(Mutex::new(io)));
+        let new = Arc::new(Relay { asked: relay.clone(), io: Mutex::new(io) });
         lock(&self.0).entry(relay.container.clone()).or_insert(new);
         Ok(())
     }

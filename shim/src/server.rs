@@ -5,7 +5,7 @@
 //! changes something runs in a task of its own.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     future::Future,
     io,
     os::fd::AsRawFd as _,
@@ -42,6 +42,7 @@ use crate::{
     bundle::Bundle,
     cgroup::{self, Version},
     control::{self, Attach, Kind, Request},
+    fds,
     options::{POD_OPTIONS, PodOptions},
     pod::{Create, Error, Pod, Stage, Uris},
     runtime::{Checkpoint, Reason, Runtime},
@@ -76,6 +77,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 fn code(error: &Error) -> Code {
     match error {
         Error::NotFound(_) => Code::NOT_FOUND,
+        Error::Orphaned => Code::UNAVAILABLE,
         Error::AlreadyExists(_) => Code::ALREADY_EXISTS,
         Error::Precondition(_) => Code::FAILED_PRECONDITION,
         Error::Invalid(_) => Code::INVALID_ARGUMENT,
@@ -365,7 +367,8 @@ impl Task for Services {
     async fn close_io(&self, _: &TtrpcContext, r: api::CloseIORequest) -> Answer<Empty> {
         let container = self.0.container(&r.id)?;
         if r.stdin {
-            container.process(&r.exec_id)?.with_io(stdio::Io::close_stdin);
+            container.process(&r.exec_id)?.close_stdin();
+            self.0.changed();
         }
         Ok(Empty::new())
     }
@@ -743,7 +746,7 @@ pub(crate) async fn serve_control(listener: UnixListener, pod: Arc<Pod>) {
     }
 }
 
-async fn control_client(stream: UnixStream, pod: &Pod) -> io::Result<()> {
+async fn control_client(stream: UnixStream, pod: &Arc<Pod>) -> io::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut read = BufReader::with_capacity(control::LINE_MAX, read);
     let mut line = String::new();
@@ -753,12 +756,46 @@ async fn control_client(stream: UnixStream, pod: &Pod) -> io::Result<()> {
     let request = line.strip_suffix('\n').and_then(Request::parse);
     let answer = match &request {
         None => refuse("invalid", format!("no request: {line:?}")),
+        Some(Request::Hello) => {
+            let hello = control::Hello {
+                control: control::VERSION,
+                version: env!("CARGO_PKG_VERSION").into(),
+                state: crate::pod::STATE_VERSION,
+                orphaned: pod.orphan_is_waiting(),
+            };
+            format!("ok {}\n", serde_json::to_string(&hello).unwrap_or_default())
+        }
+        Some(Request::Keep) => {
+            write.write_all(b"ok\n").await?;
+            let stream = write.reunite(read.into_inner()).map_err(io::Error::other)?;
+            return lend(stream, pod).await;
+        }
+        Some(Request::Adopt) => {
+            write.write_all(b"ok\n").await?;
+            let mut stream = write.reunite(read.into_inner()).map_err(io::Error::other)?;
+            let kept = given_back(&stream).await?;
+            let adopted = {
+                let pod = pod.clone();
+                tokio::spawn(async move { pod.adopt_orphan(kept).await }).await
+            };
+            let answer = match adopted.map_err(io::Error::other)? {
+                Ok(()) => "ok\n".into(),
+                Err(error @ Error::Precondition(_)) => refuse("precondition", error.to_string()),
+                Err(error @ Error::Unsupported(_)) => refuse("unsupported", error.to_string()),
+                Err(error) => refuse("other", chain(&error)),
+            };
+            return stream.write_all(answer.as_bytes()).await;
+        }
         Some(Request::Relay(relay)) => match pod.relays.begin(relay).await {
-            Ok(()) => "ok\n".into(),
+            Ok(()) => {
+                pod.changed();
+                "ok\n".into()
+            }
             Err(error) => refuse("other", error.to_string()),
         },
         Some(Request::Settle(id)) => {
             pod.relays.settle(id).await;
+            pod.changed();
             "ok\n".into()
         }
         Some(Request::Reopen(id)) => match Holder::find(pod, id)
@@ -779,6 +816,35 @@ async fn control_client(stream: UnixStream, pod: &Pod) -> io::Result<()> {
         },
     };
     write.write_all(answer.as_bytes()).await
+}
+
+/// Lends the daemon what would be lost with us, for as long as it stays.
+async fn lend(stream: UnixStream, pod: &Pod) -> io::Result<()> {
+    use std::os::fd::AsFd as _;
+    let mut told = BTreeSet::<String>::new();
+    loop {
+        // Before the look, so that no change after it is missed.
+        let changed = pod.lent.notified();
+        tokio::pin!(changed);
+        changed.as_mut().enable();
+        let lending = pod.lending();
+        for gone in told.iter().filter(|name| !lending.contains_key(*name)) {
+            fds::send(&stream, Kind::Drop, gone, None).await?;
+        }
+        told.retain(|name| lending.contains_key(name));
+        for (name, fd) in lending {
+            if !told.contains(&name) {
+                fds::send(&stream, Kind::Keep, &name, Some(fd.as_fd())).await?;
+                told.insert(name);
+            }
+        }
+        tokio::select! {
+            biased;
+            // It says nothing; what comes is its end.
+            left = stream.readable() => return left,
+            () = changed => {}
+        }
+    }
 }
 
 /// Who has a container's streams: the container, or (another shim runs it) its relay.
@@ -803,8 +869,27 @@ impl Holder {
     }
 }
 
+/// What the daemon kept of the shim before us.
+async fn given_back(stream: &UnixStream) -> io::Result<control::Kept> {
+    let mut kept = control::Kept::new();
+    let mut reader = fds::Reader::new(stream);
+    let all = async {
+        while let Some(frame) = reader.frame().await? {
+            match (frame.kind, frame.fd) {
+                (Kind::Keep, Some(fd)) => drop(kept.insert(frame.name, fd)),
+                (Kind::End, _) => return io::Result::Ok(()),
+                _ => {}
+            }
+        }
+        Err(io::ErrorKind::UnexpectedEof.into())
+    };
+    tokio::time::timeout(REQUEST, all).await??;
+    Ok(kept)
+}
+
 /// An attached client's ends inside the shim.
 struct Attachment {
+    pod: Arc<Pod>,
     holder: Holder,
     outputs: Arc<stdio::Outputs>,
     client: Arc<stdio::Attached>,
@@ -814,7 +899,7 @@ struct Attachment {
     once: bool,
 }
 
-fn attach(pod: &Pod, id: &str, streams: Attach) -> Result<Attachment, Error> {
+fn attach(pod: &Arc<Pod>, id: &str, streams: Attach) -> Result<Attachment, Error> {
     let holder = Holder::find(pod, id)?;
     if let Holder::Container(container) = &holder
         && !matches!(container.init.stage(), Stage::Created { .. } | Stage::Running { .. })
@@ -834,7 +919,7 @@ fn attach(pod: &Pod, id: &str, streams: Attach) -> Result<Attachment, Error> {
         )));
     }
     let client = outputs.attach(streams);
-    Ok(Attachment { holder, outputs, client, input, once })
+    Ok(Attachment { pod: pod.clone(), holder, outputs, client, input, once })
 }
 
 impl Attachment {
@@ -853,9 +938,17 @@ impl Attachment {
             received = inward => received,
         };
         if self.once {
-            self.holder.with_io(stdio::Io::close_stdin);
+            self.close_stdin();
         }
         result
+    }
+
+    fn close_stdin(&self) {
+        match &self.holder {
+            Holder::Container(container) => container.init.close_stdin(),
+            Holder::Relay(relay) => relay.with_io(stdio::Io::close_stdin),
+        }
+        self.pod.changed();
     }
 
     /// Takes frames until the client is gone.
@@ -882,7 +975,7 @@ impl Attachment {
                     }
                     open = false;
                     if self.once {
-                        self.holder.with_io(stdio::Io::close_stdin);
+                        self.close_stdin();
                     }
                 }
                 Kind::Stdin => {
@@ -900,7 +993,7 @@ impl Attachment {
                         self.holder.with_io(|io| io.resize(width, height));
                     }
                 }
-                Kind::Stdout | Kind::Stderr | Kind::End => {
+                Kind::Stdout | Kind::Stderr | Kind::End | Kind::Keep | Kind::Drop => {
                     return Err(io::ErrorKind::InvalidData.into());
                 }
             }

@@ -367,6 +367,30 @@ impl Attached {
     }
 }
 
+/// A descriptor that is lent to the daemon.
+pub(crate) enum Shared {
+    Process(Arc<Owned>),
+    Stream(Arc<AsyncFd<OwnedFd>>),
+}
+
+impl std::os::fd::AsFd for Shared {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        match self {
+            Shared::Process(owned) => owned.pidfd().as_fd(),
+            Shared::Stream(stream) => stream.get_ref().as_fd(),
+        }
+    }
+}
+
+/// Descriptors of a process' streams that were lent to the daemon, and are given back.
+#[derive(Debug, Default)]
+pub(crate) struct Lent {
+    pub(crate) stdin: Option<OwnedFd>,
+    pub(crate) stdout: Option<OwnedFd>,
+    pub(crate) stderr: Option<OwnedFd>,
+    pub(crate) tty: Option<OwnedFd>,
+}
+
 /// The streams of one process.
 pub(crate) struct Io {
     /// What the runtime is to be given; taken by the launch.
@@ -374,6 +398,8 @@ pub(crate) struct Io {
     /// Read ends and where they go, until the pumps run.
     readers: Vec<(OwnedFd, Stream)>,
     pumps: Vec<JoinHandle<()>>,
+    /// What the pumps read.
+    tapped: Vec<(Arc<AsyncFd<OwnedFd>>, Stream)>,
     pub(crate) outputs: Option<Arc<Outputs>>,
     /// The write side of standard input, held open until it is closed.
     stdin: Option<Arc<AsyncFd<OwnedFd>>>,
@@ -413,6 +439,7 @@ impl Io {
             given: Streams::default(),
             readers: Vec::new(),
             pumps: Vec::new(),
+            tapped: Vec::new(),
             outputs: None,
             stdin: None,
             once: matches!(request.stdin, Source::Held { once: true }),
@@ -501,6 +528,7 @@ impl Io {
             given: Streams::default(),
             readers: Vec::new(),
             pumps: Vec::new(),
+            tapped: Vec::new(),
             outputs: Some(Outputs::new(log.transpose()?, if relay.stderr { 2 } else { 1 })),
             stdin: None,
             once: relay.stdin_once,
@@ -573,13 +601,96 @@ impl Io {
             other => other,
         };
         self.terminal = terminal;
-        if let Some(outputs) = &self.outputs {
-            for (reader, stream) in self.readers.drain(..) {
-                let reader = watch_fd(reader, Interest::READABLE)?;
-                self.pumps.push(tokio::spawn(pump(Arc::new(reader), outputs.clone(), stream)));
-            }
+        self.tap()
+    }
+
+    fn tap(&mut self) -> io::Result<()> {
+        let Some(outputs) = &self.outputs else { return Ok(()) };
+        for (reader, stream) in self.readers.drain(..) {
+            let reader = Arc::new(watch_fd(reader, Interest::READABLE)?);
+            self.tapped.push((reader.clone(), stream));
+            self.pumps.push(tokio::spawn(pump(reader, outputs.clone(), stream)));
         }
         Ok(())
+    }
+
+    /// The streams of a process whose shim died: what was lent is given back, and the FIFOs of the
+    /// bundle are opened anew. A terminal that was not lent is lost.
+    pub(crate) fn resume(request: &Request<'_>, lent: Lent, closed: bool) -> io::Result<Self> {
+        let mut io = Self {
+            given: Streams::default(),
+            readers: Vec::new(),
+            pumps: Vec::new(),
+            tapped: Vec::new(),
+            outputs: None,
+            stdin: None,
+            once: matches!(request.stdin, Source::Held { once: true }),
+            terminal: None,
+            logger: None,
+        };
+        if let Sink::CriLog(path) = request.stdout {
+            io.outputs = Some(Outputs::new(path.clone().map(Log::resume), 0));
+        }
+        if request.terminal {
+            if let Some(master) = lent.tty {
+                let interest = Interest::READABLE | Interest::WRITABLE;
+                let master = Arc::new(watch_fd(master, interest)?);
+                if let Some(outputs) = &io.outputs {
+                    outputs.open.store(1, Ordering::Relaxed);
+                }
+                io.run_terminal(&master, request.stdin, request.stdout)?;
+                io.terminal = Some(Terminal::Open(master));
+            }
+            return Ok(io);
+        }
+        let fifo = match request.stdin {
+            _ if closed => None,
+            Source::Null => None,
+            Source::Fifo(path) => Some(path.clone()),
+            Source::Held { .. } => Some(request.bundle.stdin()),
+        };
+        if let Some(path) = fifo {
+            // Without a reader there is nobody to write to.
+            let writer = lent.stdin.or_else(|| open_fifo(&path, false, true).ok());
+            let watch = |fd| watch_fd(fd, Interest::WRITABLE).map(Arc::new);
+            io.stdin = writer.map(watch).transpose()?;
+        }
+        for (sink, stream, fifo, lent) in [
+            (request.stdout, Stream::Stdout, request.bundle.stdout(), lent.stdout),
+            (request.stderr, Stream::Stderr, request.bundle.stderr(), lent.stderr),
+        ] {
+            if let Sink::CriLog(_) = sink {
+                let reader = lent.map_or_else(|| open_fifo(&fifo, true, false), Ok)?;
+                io.readers.push((reader, stream));
+            }
+        }
+        if let Some(outputs) = &io.outputs {
+            outputs.open.store(io.readers.len(), Ordering::Relaxed);
+        }
+        io.tap()?;
+        Ok(io)
+    }
+
+    /// What would be lost with this process, by its role.
+    pub(crate) fn lend(&self) -> Vec<(&'static str, Shared)> {
+        let mut lent = Vec::new();
+        let mut share = |role, fd: &Arc<AsyncFd<OwnedFd>>| {
+            lent.push((role, Shared::Stream(fd.clone())));
+        };
+        for (reader, stream) in &self.tapped {
+            let role = match stream {
+                Stream::Stdout => "out",
+                Stream::Stderr => "err",
+            };
+            share(role, reader);
+        }
+        if let Some(stdin) = &self.stdin {
+            share("in", stdin);
+        }
+        if let Some(Terminal::Open(master)) = &self.terminal {
+            share("tty", master);
+        }
+        lent
     }
 
     fn run_terminal(

@@ -387,7 +387,7 @@ pub fn unpack(path: &Path, into: &Path) -> Result<Found, Error> {
     if !file.metadata().map_err(at("read", path))?.is_file() {
         return Err(Error::NotAFile { path: path.to_owned() });
     }
-    let source = stream::inflate(file).map_err(at("read", path))?;
+    let source = stream::inflate(BufReader::new(file)).map_err(at("read", path))?;
     let mut archive = Archive::new(BufReader::with_capacity(256 << 10, source));
     let broken = |source| Error::Tar { path: path.to_owned(), source };
     let mut descriptions = Descriptions::default();

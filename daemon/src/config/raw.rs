@@ -74,6 +74,7 @@ pub(super) struct RawImages {
     pub(super) stall_timeout: String,
     pub(super) pull_timeout: String,
     pub(super) max_layer_size: String,
+    pub(super) layer_format: String,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

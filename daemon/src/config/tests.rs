@@ -180,6 +180,7 @@ fn impossible_values_say_what_is_allowed() {
         ("[network]\ntimeout = \"60\"", "whole number and ms, s, m or h"),
         ("[images]\nmax_parallel_layers = 0", "it must be from 1 to 64"),
         ("[images]\nmax_layer_size = \"10GB\"", "KiB, MiB, GiB or TiB"),
+        ("[images]\nlayer_format = \"squashfs\"", "\"directories\" or \"erofs\""),
         ("[images]\ninsecure_registries = [\"http://r\"]", "without scheme and path"),
         ("[images]\ninsecure_registries = [\"r:0\"]", "without scheme and path"),
         ("[runtime]\ndefault = \"kata\"", "it must be a key of [runtime.handlers]: crun, runc"),

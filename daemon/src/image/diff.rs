@@ -77,13 +77,12 @@ impl Snapshot {
     pub fn apply_changes(&self, id: &ContainerId, changes: impl Read) -> Result<(), Error> {
         let failed = |source| Error::Snapshot { doing: "restore", id: id.clone(), source };
         let root = unpack::open_root(&self.upper).map_err(failed)?;
-        let source = stream::inflate(changes).map_err(failed)?;
+        let source = stream::inflate(BufReader::new(changes)).map_err(failed)?;
         let Unpacked { implied, .. } =
             unpack::unpack(BufReader::new(source), root.as_fd(), None)
                 .map_err(|error| failed(io::Error::other(crate::error::chain(&error))))?;
         if let Some(layers) = &self.layers {
-            layers::fit(&self.upper, &implied, layers, &self.dirs.ingest(), &mut None)
-                .map_err(failed)?;
+            layers::fit_directory(root, &implied, layers).map_err(failed)?;
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Layers on disk and their lifetime.
 //!
-//! A layer is the directory `layers/<number>`. Numbers are short, so that hundreds of layers fit in
+//! A layer is the directory or EROFS image `layers/<number>`. Numbers are short, so that hundreds of layers fit in
 //! the options of a mount, and are never used twice. A layer lives as long as somebody holds its
 //! [`Layer`]: an image, a snapshot, a pull that is under way. When the last one lets go, the reaper
 //! asks the store whether a record still names it, and if not removes first the row and then the
@@ -10,7 +10,9 @@
 //! ingest/<number>         --unpacked, fitted-->  layers/<number>   --syncfs, transaction-->  recorded
 //! ingest/<number>.recipe  --------------------->  recipes/<number>
 //! ```
-//! A crash leaves directories without a row; `Images::open` gives them to the reaper.
+//! A crash leaves directories without a row; `Images::open` gives them to the reaper. But for layers that
+//! were complete when their pull was interrupted: as long as the machine was not started again the kernel
+//! has all of them, synced or not, and the next pull goes on from there ([`Layers::adopt`]).
 //!
 //! [`Layer::archive`] gives a layer's archive again, byte for byte ([`super::recipe`]).
 //!
@@ -29,8 +31,8 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, Weak,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, OnceLock, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -41,12 +43,18 @@ use rustix::{
     },
     io::Errno,
 };
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::{
-    overlay::Overlay,
+    erofs::{
+        self,
+        tree::{Attributes, Tree},
+    },
+    overlay::{self, Lower, Overlay},
     recipe::{self, Kept, Rebuilt},
+    tar::Time,
     tree,
     unpack::{self, Unpacked},
 };
@@ -62,6 +70,9 @@ pub type LayerId = u64;
 pub struct Layer {
     pub(super) record: LayerRecord,
     pub(super) diff_id: Digest,
+    /// The mount of one that is an image, once somebody has asked for it. All share it, and so the pages
+    /// that the kernel has of it.
+    mount: OnceLock<Option<OwnedFd>>,
     shared: Arc<Shared>,
 }
 
@@ -70,9 +81,34 @@ impl Layer {
     pub fn id(&self) -> LayerId {
         self.record.number
     }
-    /// Its directory.
+    /// Its directory or image.
     pub fn path(&self) -> PathBuf {
         self.shared.layers.join(self.record.number.to_string())
+    }
+    /// The mount that shows it, if it is an image. Blocks the first time.
+    fn image(&self) -> io::Result<Option<&OwnedFd>> {
+        if self.mount.get().is_none() {
+            let path = self.path();
+            let is_image = std::fs::symlink_metadata(&path)?.is_file();
+            let mount = if is_image { Some(erofs::mount(&path)?) } else { None };
+            // If another was faster, its mount is as good.
+            let _ = self.mount.set(mount);
+        }
+        Ok(self.mount.get().and_then(Option::as_ref))
+    }
+    /// Its root directory.
+    pub fn open(&self) -> io::Result<OwnedFd> {
+        match self.image()? {
+            Some(mount) => erofs::root(mount),
+            None => unpack::open_root(&self.path()),
+        }
+    }
+    /// A mount of it alone, attached nowhere.
+    pub(super) fn bind(&self) -> io::Result<OwnedFd> {
+        match self.image()? {
+            Some(mount) => overlay::clone_mount(mount.as_fd()),
+            None => overlay::bind(&self.path(), false),
+        }
     }
     /// Digest of its uncompressed archive.
     pub fn diff_id(&self) -> &Digest {
@@ -83,9 +119,12 @@ impl Layer {
     pub fn archive(&self) -> Result<Rebuilt, recipe::Error> {
         let error =
             |source| recipe::Error::Read { layer: self.diff_id.clone(), path: self.path(), source };
-        let root = unpack::open_root(&self.path()).map_err(error)?;
+        let content = match self.image().map_err(error)? {
+            Some(_) => recipe::Content::Image(std::fs::File::open(self.path()).map_err(error)?),
+            None => recipe::Content::Directory(unpack::open_root(&self.path()).map_err(error)?),
+        };
         let recipe = self.shared.recipes.join(self.record.number.to_string());
-        Rebuilt::open(root, &recipe, &self.diff_id)
+        Rebuilt::open(content, &recipe, &self.diff_id)
     }
 }
 
@@ -99,8 +138,29 @@ impl Drop for Layer {
     fn drop(&mut self) {
         self.shared.bytes.fetch_sub(self.record.bytes, Ordering::Relaxed);
         self.shared.inodes.fetch_sub(self.record.inodes, Ordering::Relaxed);
-        self.shared.reap(Reap::Layer(self.record.number));
+        if !self.shared.closing.load(Ordering::Relaxed) {
+            self.shared.reap(Reap::Layer(self.record.number));
+        }
     }
+}
+
+/// Says of a layer that is complete and not recorded what its record would; in its recipe's directory.
+const PLACED: &str = "placed";
+
+#[derive(Serialize, Deserialize)]
+struct Placed {
+    /// The boot in which it was unpacked.
+    boot: String,
+    diff_id: String,
+    chain: String,
+    bytes: u64,
+    inodes: u64,
+    root_listed: bool,
+}
+
+/// Names the time since the machine was started (proc_sys_kernel(5)).
+fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
 }
 
 /// An unpacked layer that is not in its place yet. Dropping it removes it.
@@ -163,6 +223,9 @@ struct Shared {
     ingest: PathBuf,
     bytes: AtomicU64,
     inodes: AtomicU64,
+    /// The daemon ends: what is let go is left to the next start.
+    closing: AtomicBool,
+    boot: String,
     /// Unbounded, as `Drop` cannot wait; it holds at most what exists on disk.
     reaper: mpsc::UnboundedSender<Reap>,
 }
@@ -194,6 +257,8 @@ impl Layers {
             ingest: root.join("ingest"),
             bytes: AtomicU64::new(0),
             inodes: AtomicU64::new(0),
+            closing: AtomicBool::new(false),
+            boot: boot_id(),
             reaper,
         });
         tokio::spawn(reap(queue, [shared.layers.clone(), shared.recipes.clone()], store));
@@ -228,11 +293,44 @@ impl Layers {
         self.shared.bytes.fetch_add(record.bytes, Ordering::Relaxed);
         self.shared.inodes.fetch_add(record.inodes, Ordering::Relaxed);
         let key = (diff_id.clone(), record.chain.clone());
-        let layer = Arc::new(Layer { record, diff_id, shared: self.shared.clone() });
+        let mount = OnceLock::new();
+        let layer = Arc::new(Layer { record, diff_id, mount, shared: self.shared.clone() });
         let mut known = self.known.lock().expect("no panic while it is held");
         known.retain(|_, layer| layer.strong_count() > 0);
         known.insert(key, Arc::downgrade(&layer));
         layer
+    }
+
+    /// The layer of this number, if it was complete when its pull was interrupted, since the machine was
+    /// started.
+    pub fn adopt(&self, number: u64) -> Option<Arc<Layer>> {
+        let path = self.shared.recipes.join(number.to_string()).join(PLACED);
+        let placed: Placed = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+        if placed.boot.is_empty() || placed.boot != self.shared.boot {
+            return None;
+        }
+        let Placed { diff_id, chain, bytes, inodes, root_listed, .. } = placed;
+        let digest = diff_id.parse().ok()?;
+        Some(
+            self.restore(
+                LayerRecord { number, diff_id, chain, bytes, inodes, root_listed },
+                digest,
+            ),
+        )
+    }
+
+    /// These are recorded: nothing else need say what they are. Blocks.
+    pub fn recorded(&self, layers: &[Arc<Layer>]) {
+        for layer in layers {
+            let recipe = self.shared.recipes.join(layer.id().to_string());
+            // Once recorded it says nothing any more.
+            let _ = std::fs::remove_file(recipe.join(PLACED));
+        }
+    }
+
+    /// From now on what is let go stays on disk, for the next start to judge.
+    pub fn close(&self) {
+        self.shared.closing.store(true, Ordering::Relaxed);
     }
 
     /// The layer if it is here, for any layers below it or for those of `below` ([`chain_id`]).
@@ -283,12 +381,34 @@ impl Layers {
         let mut kept = staged.unpacked.kept.take();
         if staged.depends_on_parents() {
             chain = chain_id(below.iter().map(|layer| &layer.diff_id));
-            fit(&from, &staged.unpacked.implied, below, &self.shared.ingest, &mut kept)?;
+            let implied = std::mem::take(&mut staged.unpacked.implied);
+            match &mut staged.unpacked.image {
+                Some((_, tree)) => fit(tree, &implied, below)?,
+                None => {
+                    let root = unpack::open_root(&from)?;
+                    fit(&mut Directory { root, kept: &mut kept }, &implied, below)?;
+                }
+            }
+        }
+        if let Some((writer, tree)) = staged.unpacked.image.take() {
+            writer.finish(&tree)?;
+            erofs::seal(&from)?;
+            staged.unpacked.bytes = std::fs::metadata(&from)?.len();
         }
         let number = staged.number.to_string();
         if let Some(kept) = kept {
             kept.finish()?;
             let recipe = self.shared.ingest.join(recipe_name(staged.number));
+            let placed = Placed {
+                boot: self.shared.boot.clone(),
+                diff_id: staged.diff_id.to_string(),
+                chain: chain.clone(),
+                bytes: staged.unpacked.bytes,
+                inodes: staged.unpacked.inodes,
+                root_listed: staged.unpacked.root_listed,
+            };
+            let placed = serde_json::to_vec(&placed).map_err(io::Error::from)?;
+            std::fs::write(recipe.join(PLACED), placed)?;
             std::fs::rename(recipe, self.shared.recipes.join(&number))?;
         }
         if let Err(error) = std::fs::rename(&from, self.shared.layers.join(&number)) {
@@ -330,15 +450,16 @@ pub fn chain_id<'a>(diff_ids: impl Iterator<Item = &'a Digest>) -> String {
     chain.unwrap_or_else(|| "none".to_owned())
 }
 
-/// The names of a chain's directories as overlayfs wants them: from the top, each once. A layer
-/// that occurs twice hides its lower self: all that it has is there above.
-pub fn lowers(layers: &[Arc<Layer>]) -> Vec<String> {
+/// A chain's layers as overlayfs wants them: from the top, each once. A layer that occurs twice hides
+/// its lower self: all that it has is there above.
+pub fn lowers(layers: &[Arc<Layer>]) -> io::Result<Vec<Lower>> {
     let mut seen = BTreeSet::new();
+    let layers = layers.iter().rev().filter(|layer| seen.insert(layer.record.number));
     layers
-        .iter()
-        .rev()
-        .filter(|layer| seen.insert(layer.record.number))
-        .map(|layer| layer.record.number.to_string())
+        .map(|layer| match layer.image()? {
+            Some(mount) => Ok(Lower::Mount(mount.try_clone()?)),
+            None => Ok(Lower::Name(layer.record.number.to_string())),
+        })
         .collect()
 }
 
@@ -385,25 +506,36 @@ async fn reap(mut queue: mpsc::UnboundedReceiver<Reap>, places: [PathBuf; 2], st
 
 // ---- fitting a layer to those below -------------------------------------------------------------
 
-/// Gives the implied directories of the layer at `layer` what the layers below say of them.
-pub(super) fn fit(
-    layer: &Path,
-    implied: &[PathBuf],
-    below: &[Arc<Layer>],
-    scratch: &Path,
-    kept: &mut Option<Kept>,
-) -> io::Result<()> {
-    let names = lowers(below);
-    let lower = match names.as_slice() {
+/// A layer that is being fitted.
+trait Fitted {
+    /// Whether it has a directory at this path that hides the one below.
+    fn is_opaque(&self, path: &Path) -> io::Result<bool>;
+    /// Moves what it has at `from` to `to`, whose missing directories are made: their paths go to
+    /// `made`. False, and nothing done, if something else is in the way there.
+    fn relocate(
+        &mut self,
+        from: &Path,
+        to: &Path,
+        made: &mut BTreeSet<PathBuf>,
+    ) -> io::Result<bool>;
+    /// Makes its directory at `path` look like `from`.
+    fn look_like(&mut self, path: &Path, from: &OwnedFd) -> io::Result<()>;
+}
+
+/// Gives the implied directories of a layer what the layers below say of them.
+fn fit(layer: &mut impl Fitted, implied: &[PathBuf], below: &[Arc<Layer>]) -> io::Result<()> {
+    let lower = match below {
         [] => return Ok(()),
-        // overlayfs wants two.
-        [_] => unpack::open_root(&below[0].path())?,
-        names => {
-            let layers = &below[0].shared.layers;
-            Overlay { layers, lowers: names, writable: None, readonly: true }.mount(scratch)?
-        }
+        below => match lowers(below)?.as_slice() {
+            // overlayfs wants two.
+            [_] => below[0].open()?,
+            lowers => {
+                let shared = &below[0].shared;
+                let layers = &shared.layers;
+                Overlay { layers, lowers, writable: None, readonly: true }.mount(&shared.ingest)?
+            }
+        },
     };
-    let layer = unpack::open_root(layer)?;
     let unlisted: BTreeSet<&Path> = implied.iter().map(PathBuf::as_path).collect();
     let mut moves: Vec<(PathBuf, PathBuf)> = Vec::new();
     let mut like_below: BTreeSet<PathBuf> = BTreeSet::new();
@@ -417,7 +549,7 @@ pub(super) fn fit(
         let mut at = PathBuf::new();
         for name in path.components() {
             at.push(name);
-            if is_opaque(&layer, &at)? {
+            if layer.is_opaque(&at)? {
                 continue 'implied;
             }
             let Some(stat) = stat_beneath(&lower, &at)? else { continue 'implied };
@@ -426,11 +558,8 @@ pub(super) fn fit(
                 // Directories come before what is in them: this is the implied one itself.
                 FileType::Symlink if unlisted.contains(&*at) => {
                     if let Some(real) = real_directory(&lower, &at)?
-                        && relocate(&layer, &at, &real, &mut like_below, kept)?
+                        && layer.relocate(&at, &real, &mut like_below)?
                     {
-                        if let Some(kept) = kept {
-                            kept.moved(&at, &real);
-                        }
                         moves.push((at, real));
                     }
                     continue 'implied;
@@ -443,10 +572,77 @@ pub(super) fn fit(
     }
     // Last, as all of the above changes times.
     for path in like_below {
-        let (from, to) = (open(&lower, &path)?, open(&layer, &path)?);
-        copy_attributes(&from, &to)?;
+        layer.look_like(&path, &open(&lower, &path)?)?;
     }
     Ok(())
+}
+
+impl Fitted for Tree {
+    fn is_opaque(&self, path: &Path) -> io::Result<bool> {
+        Ok(Tree::is_opaque(self, path))
+    }
+
+    fn relocate(
+        &mut self,
+        from: &Path,
+        to: &Path,
+        made: &mut BTreeSet<PathBuf>,
+    ) -> io::Result<bool> {
+        Ok(Tree::relocate(self, from, to, made))
+    }
+
+    fn look_like(&mut self, path: &Path, from: &OwnedFd) -> io::Result<()> {
+        let stat = rustix::fs::fstat(from)?;
+        self.set_attributes(
+            path,
+            Attributes {
+                mode: stat.st_mode & 0o7777,
+                uid: stat.st_uid,
+                gid: stat.st_gid,
+                mtime: Time { seconds: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 },
+                xattrs: attributes_of(from)?,
+            },
+        );
+        Ok(())
+    }
+}
+
+/// A layer that is a directory, and what is elsewhere than its archive put it.
+struct Directory<'a> {
+    root: OwnedFd,
+    kept: &'a mut Option<Kept>,
+}
+
+/// The same for a tree that is no layer: a container's writable one.
+pub(super) fn fit_directory(
+    root: OwnedFd,
+    implied: &[PathBuf],
+    below: &[Arc<Layer>],
+) -> io::Result<()> {
+    fit(&mut Directory { root, kept: &mut None }, implied, below)
+}
+
+impl Fitted for Directory<'_> {
+    fn is_opaque(&self, path: &Path) -> io::Result<bool> {
+        is_opaque(&self.root, path)
+    }
+
+    fn relocate(
+        &mut self,
+        from: &Path,
+        to: &Path,
+        made: &mut BTreeSet<PathBuf>,
+    ) -> io::Result<bool> {
+        let moved = relocate(&self.root, from, to, made, self.kept)?;
+        if moved && let Some(kept) = self.kept {
+            kept.moved(from, to);
+        }
+        Ok(moved)
+    }
+
+    fn look_like(&mut self, path: &Path, from: &OwnedFd) -> io::Result<()> {
+        copy_attributes(from, &open(&self.root, path)?)
+    }
 }
 
 /// Where the link at `path` leads inside `root`, if that is a directory.
@@ -573,20 +769,8 @@ pub fn copy_attributes(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     rustix::fs::fchown(to, Some(uid), Some(gid))?;
     rustix::fs::fchmod(to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
-    let mut names = vec![0; 64 << 10];
-    let length = match rustix::fs::flistxattr(from, &mut names) {
-        Ok(length) => length,
-        Err(Errno::OPNOTSUPP) => 0,
-        Err(e) => return Err(e.into()),
-    };
-    for name in names[..length].split(|b| *b == 0) {
-        if name.is_empty() || name.starts_with(b"trusted.overlay.") || name == b"security.selinux" {
-            continue;
-        }
-        let name = OsStr::from_bytes(name);
-        let mut value = vec![0; 64 << 10];
-        let length = rustix::fs::fgetxattr(from, name, &mut value)?;
-        rustix::fs::fsetxattr(to, name, &value[..length], XattrFlags::empty())?;
+    for (name, value) in attributes_of(from)? {
+        rustix::fs::fsetxattr(to, OsStr::from_bytes(&name), &value, XattrFlags::empty())?;
     }
     let time = |seconds: i64, nanos: u64| Timespec { tv_sec: seconds, tv_nsec: nanos as i64 };
     rustix::fs::futimens(
@@ -597,6 +781,27 @@ pub fn copy_attributes(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
         },
     )?;
     Ok(())
+}
+
+/// The extended attributes of an open file, without what overlayfs and the node keep there.
+fn attributes_of(file: &OwnedFd) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let mut names = vec![0; 64 << 10];
+    let length = match rustix::fs::flistxattr(file, &mut names) {
+        Ok(length) => length,
+        Err(Errno::OPNOTSUPP) => 0,
+        Err(e) => return Err(e.into()),
+    };
+    let mut found = Vec::new();
+    for name in names[..length].split(|b| *b == 0) {
+        if name.is_empty() || name.starts_with(b"trusted.overlay.") || name == b"security.selinux" {
+            continue;
+        }
+        let mut value = vec![0; 64 << 10];
+        let length = rustix::fs::fgetxattr(file, OsStr::from_bytes(name), &mut value)?;
+        value.truncate(length);
+        found.push((name.to_vec(), value));
+    }
+    Ok(found)
 }
 
 /// Names in a directory that belongs to us, as numbers; what else is there is left alone.

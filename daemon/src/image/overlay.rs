@@ -30,13 +30,22 @@ pub const MAX_LOWERS: usize = 500;
 /// A string of fsconfig(2), with its NUL, must fit here.
 const MAX_STRING: usize = 256;
 
+/// A layer, as an overlay takes it.
+#[derive(Debug)]
+pub enum Lower {
+    /// A directory of this name beside the others.
+    Name(String),
+    /// The root of a mount that is attached nowhere: Linux 6.15.
+    Mount(OwnedFd),
+}
+
 /// What is to be mounted.
 #[derive(Clone, Copy, Debug)]
 pub struct Overlay<'a> {
     /// The directory that holds all the layers.
     pub layers: &'a Path,
-    /// Names in it, from the top.
-    pub lowers: &'a [String],
+    /// Its layers, from the top.
+    pub lowers: &'a [Lower],
     /// The writable layer and its work directory.
     pub writable: Option<(&'a Path, &'a Path)>,
     /// Mount read-only all the same.
@@ -56,6 +65,22 @@ impl Overlay<'_> {
     /// The same with the layers seen through an id-mapped mount, as `users`, a user namespace, has
     /// it.
     pub fn mount_mapped(&self, users: BorrowedFd<'_>, scratch: &Path) -> io::Result<OwnedFd> {
+        let mapped = self
+            .lowers
+            .iter()
+            .map(|lower| match lower {
+                Lower::Name(name) => Ok(Lower::Name(name.clone())),
+                Lower::Mount(mount) => {
+                    let mount = clone_mount(mount.as_fd())?;
+                    set_attributes(&mount, MountAttrFlags::empty(), Some(users))?;
+                    Ok(Lower::Mount(mount))
+                }
+            })
+            .collect::<io::Result<Vec<Lower>>>()?;
+        let mapped = Overlay { lowers: &mapped, ..*self };
+        if !mapped.lowers.iter().any(|lower| matches!(lower, Lower::Name(_))) {
+            return mapped.mount(scratch);
+        }
         let layers = bind(self.layers, false)?;
         set_attributes(&layers, MountAttrFlags::empty(), Some(users))?;
         std::thread::scope(|scope| {
@@ -69,7 +94,7 @@ impl Overlay<'_> {
                     rustix::mount::mount_change("/", private)?;
                     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
                     rustix::mount::move_mount(&layers, "", CWD, self.layers, flags)?;
-                    self.mount(scratch)
+                    mapped.mount(scratch)
                 })
                 .join()
                 .unwrap_or_else(|_| Err(io::Error::other("the mounting thread panicked")))
@@ -92,7 +117,12 @@ impl Overlay<'_> {
         };
         let explained = |e: io::Error| explain(&context, e);
         for (index, lower) in self.lowers.iter().enumerate() {
-            set("lowerdir+", &self.layers.join(lower)).map_err(|e| {
+            let added = match lower {
+                Lower::Name(name) => set("lowerdir+", &self.layers.join(name)),
+                Lower::Mount(mount) => rustix::mount::fsconfig_set_fd(&context, "lowerdir+", mount)
+                    .map_err(|e| e.into()),
+            };
+            added.map_err(|e| {
                 if index == 0 && e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) {
                     // Before 6.8 the key itself is unknown.
                     return Errno::NOSYS.into();
@@ -115,8 +145,13 @@ impl Overlay<'_> {
     }
 
     fn mount_at_once(&self, scratch: &Path) -> io::Result<OwnedFd> {
+        let names = self.lowers.iter().map(|lower| match lower {
+            Lower::Name(name) => Ok(name.as_str()),
+            Lower::Mount(_) => Err(io::Error::from(io::ErrorKind::Unsupported)),
+        });
+        let names = names.collect::<io::Result<Vec<&str>>>()?;
         let point = tempfile_in(scratch)?;
-        let mut options = format!("lowerdir={}", self.lowers.join(":")).into_bytes();
+        let mut options = format!("lowerdir={}", names.join(":")).into_bytes();
         if let Some((upper, work)) = self.writable {
             for (key, path) in [(",upperdir=", upper), (",workdir=", work)] {
                 options.extend_from_slice(key.as_bytes());
@@ -156,6 +191,14 @@ pub fn bind(path: &Path, below: bool) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     flags.set(OpenTreeFlags::AT_RECURSIVE, below);
     Ok(rustix::mount::open_tree(CWD, path, flags)?)
+}
+
+/// The same mount once more, attached nowhere.
+pub fn clone_mount(mount: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    Ok(rustix::mount::open_tree(mount, "", flags)?)
 }
 
 /// Sets attributes of a mount that is attached nowhere yet, and its id mapping: that of `users`, a
@@ -208,7 +251,7 @@ fn unknown_to_kernel(error: &io::Error) -> bool {
 }
 
 /// The error with what the kernel says about it: reading the context gives its messages.
-fn explain(context: &OwnedFd, error: io::Error) -> io::Error {
+pub(super) fn explain(context: &OwnedFd, error: io::Error) -> io::Error {
     let mut text = [0; 512];
     match rustix::io::read(context.as_fd(), &mut text) {
         Ok(length) if length > 0 => {
@@ -259,6 +302,7 @@ mod tests {
         let (upper, work) = (dir.path().join("up,per"), dir.path().join("work"));
         std::fs::create_dir(&upper).unwrap();
         std::fs::create_dir(&work).unwrap();
+        let lowers: Vec<Lower> = lowers.into_iter().map(Lower::Name).collect();
         let overlay = Overlay {
             layers: &layers,
             lowers: &lowers,

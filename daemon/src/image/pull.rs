@@ -7,15 +7,15 @@
 //! handles that it holds.
 
 use std::{
-    io::{self, Read},
+    io::{self, BufRead, BufReader, Read},
     path::PathBuf,
     sync::Arc,
 };
 
 use bytes::{Buf, Bytes};
-use futures::{StreamExt, TryStreamExt};
+use futures::StreamExt;
 use tokio::sync::{mpsc, watch};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Image, NewImage, Shared, Stopped, blocking,
@@ -386,14 +386,35 @@ pub(super) async fn layers(
     for (index, wanted) in wanted.iter().enumerate() {
         fetches.push(fetch.layer(index, wanted, &chains[index]));
     }
-    let work = futures::stream::iter(fetches)
-        .buffer_unordered(shared.config.max_parallel_layers.max(1))
-        .try_collect::<Vec<_>>()
-        .await;
+    let mut work =
+        futures::stream::iter(fetches).buffer_unordered(shared.config.max_parallel_layers.max(1));
+    let mut got = Vec::with_capacity(wanted.len());
+    let mut complete = Complete { shared, layers: Vec::new() };
+    let mut failed = None;
+    while failed.is_none()
+        && let Some(result) = work.next().await
+    {
+        match result {
+            Ok((index, layer)) => {
+                if let Got::Ready(layer) = &layer {
+                    complete.layers.push(layer.clone());
+                }
+                got.push((index, layer));
+            }
+            Err(error) => failed = Some(error),
+        }
+    }
+    drop(work);
     // After an error the other unpackers find their queues closed.
     unpackers.close();
     unpackers.wait().await;
-    let mut got = work?;
+    if let Some(error) = failed {
+        // What fails for good is not tried again soon.
+        if !matches!(error.kind(), Kind::Unavailable | Kind::Deadline) {
+            complete.layers.clear();
+        }
+        return Err(error);
+    }
     got.sort_by_key(|(index, _)| *index);
 
     let mut placed = Vec::with_capacity(got.len());
@@ -409,11 +430,25 @@ pub(super) async fn layers(
         };
         placed.push(layer);
     }
+    complete.layers.clear();
     Ok(placed)
 }
 
+/// Layers of a pull that are in their places. If it is dropped, by an error or by somebody who has
+/// waited long enough, they are kept for the pull that is tried again.
+struct Complete<'a> {
+    shared: &'a Arc<Shared>,
+    layers: Vec<Arc<Layer>>,
+}
+
+impl Drop for Complete<'_> {
+    fn drop(&mut self) {
+        self.shared.keep_unfinished(std::mem::take(&mut self.layers));
+    }
+}
+
 /// Opens a layer's content, on the thread that reads it.
-type Open = Box<dyn FnOnce() -> Result<Box<dyn Read + Send>, stream::Error> + Send>;
+type Open = Box<dyn FnOnce() -> Result<Box<dyn BufRead + Send>, stream::Error> + Send>;
 
 struct Fetch<'a> {
     shared: &'a Arc<Shared>,
@@ -444,9 +479,9 @@ impl Fetch<'_> {
                 let path = files[index].clone();
                 let open: Open = Box::new(move || {
                     let file = std::fs::File::open(path).map_err(stream::Error::Directory)?;
-                    Ok(Box::new(file))
+                    Ok(Box::new(BufReader::with_capacity(256 << 10, file)))
                 });
-                self.unpack(open, wanted, slot).await??
+                self.unpack(open, wanted, slot, CancellationToken::new()).await??
             }
         };
         self.phase(index, Phase::Done);
@@ -470,10 +505,18 @@ impl Fetch<'_> {
         let (digest, size) = wanted.content.as_ref().expect("a registry's manifest has it");
         let (pieces, queue) = mpsc::channel(QUEUE);
         let open: Open = Box::new(move || Ok(Box::new(Pieces::new(queue))));
-        let unpack = self.unpack(open, wanted, slot);
+        let gave_up = CancellationToken::new();
+        let unpack = self.unpack(open, wanted, slot, gave_up.clone());
         let feed = async move {
             let mut blob = remote.blob(digest, *size);
-            while let Some(data) = blob.next().await? {
+            loop {
+                let next = tokio::select! {
+                    biased;
+                    // First: a server that says nothing must not keep an error waiting.
+                    () = gave_up.cancelled() => return Ok(()),
+                    next = blob.next() => next?,
+                };
+                let Some(data) = next else { break };
                 let length = data.len() as u64;
                 if pieces.send(Piece::Data(data)).await.is_err() {
                     // The unpacker has given up and says why.
@@ -498,17 +541,20 @@ impl Fetch<'_> {
         open: Open,
         wanted: &Wanted,
         slot: Slot,
+        gave_up: CancellationToken,
     ) -> impl Future<Output = Result<Result<Staged, Error>, Stopped>> + use<> {
         let expected = Expected {
             content: wanted.content.clone(),
             diff_id: wanted.diff_id.clone(),
             limit: self.shared.config.max_layer_size,
+            format: self.shared.config.layer_format,
         };
         let token = self.unpackers.token();
         let work = tokio::task::spawn_blocking(move || {
             let (path, recipe) = (slot.path(), slot.recipe());
-            let unpacked =
-                open().and_then(|source| stream::unpack_layer(source, &expected, &path, &recipe));
+            let unpacked = open().and_then(|source| {
+                stream::unpack_layer(source, &expected, &path, &recipe, || gave_up.cancel())
+            });
             let unpacked = match unpacked {
                 Ok(unpacked) => Ok(slot.filled(unpacked)),
                 Err(source) => {
@@ -555,8 +601,8 @@ impl Pieces {
     }
 }
 
-impl Read for Pieces {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+impl BufRead for Pieces {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         while self.current.is_empty() && !self.ended {
             match self.queue.blocking_recv() {
                 Some(Piece::Data(data)) => self.current = data,
@@ -564,8 +610,18 @@ impl Read for Pieces {
                 None => return Err(io::Error::other("the download was given up")),
             }
         }
-        let length = buffer.len().min(self.current.len());
-        self.current.copy_to_slice(&mut buffer[..length]);
+        Ok(&self.current)
+    }
+
+    fn consume(&mut self, length: usize) {
+        self.current.advance(length);
+    }
+}
+
+impl Read for Pieces {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let length = self.fill_buf()?.len().min(out.len());
+        self.current.copy_to_slice(&mut out[..length]);
         Ok(length)
     }
 }

@@ -9,6 +9,7 @@
 //! recipes/<number>/steps   zstd of: MAGIC, then steps:
 //!                            1 length bytes                as they are
 //!                            2 path count (offset length)* content of a file of the layer
+//!                            3 count (offset length)*      content that is there in the layer's image
 //!                            0 length                      the end; of the whole archive
 //! recipes/<number>/moves   (before from to)*: files that are not where the archive put them
 //! recipes/<number>/<n>     a file or directory that a later entry of the archive replaced
@@ -42,13 +43,14 @@ const MAGIC: &[u8] = b"holdfast recipe 1\n";
 const END: u8 = 0;
 const BYTES: u8 = 1;
 const CONTENT: u8 = 2;
+const IMAGE: u8 = 3;
 
 /// Bytes that are gathered before they are a step.
 const STEP: usize = 64 << 10;
 
-/// Longest path and most pieces that a recipe is believed: those of `unpack` and `tar`.
+/// Longest path and most pieces that a recipe is believed: more than `unpack`, `tar` and `erofs` make.
 const MAX_PATH: u64 = 1 << 16;
-const MAX_PIECES: u64 = 1 << 16;
+const MAX_PIECES: u64 = 1 << 20;
 
 /// Why a layer's archive cannot be made again.
 #[derive(Debug, thiserror::Error)]
@@ -125,16 +127,27 @@ impl Recorder {
         if pieces.iter().all(|(_, length)| *length == 0) {
             return;
         }
-        self.flush();
         let mut step = vec![CONTENT];
         text(&mut step, path);
+        self.pieces(step, pieces);
+        self.steps += 1;
+    }
+
+    /// Here the archive has what is at these places of the layer's image.
+    pub(super) fn content_of_image(&mut self, pieces: &[(u64, u64)]) {
+        if pieces.iter().any(|(_, length)| *length > 0) {
+            self.pieces(vec![IMAGE], pieces);
+        }
+    }
+
+    fn pieces(&mut self, mut step: Vec<u8>, pieces: &[(u64, u64)]) {
+        self.flush();
         number(&mut step, pieces.len() as u64);
         for (offset, length) in pieces {
             number(&mut step, *offset);
             number(&mut step, *length);
             self.length += length;
         }
-        self.steps += 1;
         self.write(&step);
     }
 
@@ -306,10 +319,18 @@ fn read_moves(mut text: &[u8]) -> io::Result<Vec<Move>> {
     Ok(moves)
 }
 
+/// Where a layer's content is.
+pub enum Content {
+    /// In files below this directory.
+    Directory(OwnedFd),
+    /// At places of this file.
+    Image(File),
+}
+
 /// A layer's uncompressed archive, made again as it is read. An end of file means that all of it was
 /// given and has the layer's diff id.
 pub struct Rebuilt {
-    layer: OwnedFd,
+    layer: Content,
     recipe: OwnedFd,
     steps: zstd::stream::read::Decoder<'static, BufReader<File>>,
     moves: Vec<Move>,
@@ -331,8 +352,8 @@ enum Now {
 }
 
 impl Rebuilt {
-    /// Of the layer whose root is open as `layer`, by the recipe in the directory `recipe`.
-    pub fn open(layer: OwnedFd, recipe: &Path, want: &Digest) -> Result<Self, Error> {
+    /// Of the layer whose content is `layer`, by the recipe in the directory `recipe`.
+    pub fn open(layer: Content, recipe: &Path, want: &Digest) -> Result<Self, Error> {
         let error = |path: &Path, source: io::Error| match source.kind() {
             io::ErrorKind::NotFound => Error::None(want.clone()),
             _ => Error::Read { layer: want.clone(), path: path.to_owned(), source },
@@ -376,18 +397,17 @@ impl Rebuilt {
             BYTES => Ok(Now::Bytes(read_number(&mut self.steps)?)),
             CONTENT => {
                 let path = read_text(&mut self.steps)?;
-                let count = read_number(&mut self.steps)?;
-                if count > MAX_PIECES {
-                    return Err(damaged("a file has too many pieces"));
-                }
-                let mut pieces = Vec::with_capacity(count as usize);
-                for _ in 0..count {
-                    pieces.push((read_number(&mut self.steps)?, read_number(&mut self.steps)?));
-                }
-                pieces.reverse();
+                let pieces = self.pieces()?;
                 let file = self.file(path)?;
                 self.index += 1;
                 Ok(Now::Content(file, pieces))
+            }
+            IMAGE => {
+                let pieces = self.pieces()?;
+                match &self.layer {
+                    Content::Image(file) => Ok(Now::Content(file.try_clone()?, pieces)),
+                    Content::Directory(_) => Err(damaged("it is of a layer of another kind")),
+                }
             }
             END => {
                 let length = read_number(&mut self.steps)?;
@@ -406,6 +426,19 @@ impl Rebuilt {
             }
             _ => Err(damaged("a step is of an unknown kind")),
         }
+    }
+
+    fn pieces(&mut self) -> io::Result<Vec<(u64, u64)>> {
+        let count = read_number(&mut self.steps)?;
+        if count > MAX_PIECES {
+            return Err(damaged("a file has too many pieces"));
+        }
+        let mut pieces = Vec::with_capacity(count as usize);
+        for _ in 0..count {
+            pieces.push((read_number(&mut self.steps)?, read_number(&mut self.steps)?));
+        }
+        pieces.reverse();
+        Ok(pieces)
     }
 
     /// Opens what the archive had at `path` when it came to content `index`.
@@ -427,7 +460,11 @@ impl Rebuilt {
                 }
             };
         }
-        let root = if kept.is_some() { &self.recipe } else { &self.layer };
+        let root = match (&self.layer, kept) {
+            (_, Some(())) => &self.recipe,
+            (Content::Directory(root), None) => root,
+            (Content::Image(_), None) => return Err(damaged("it is of a layer of another kind")),
+        };
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
         let named = |e: io::Error| {

@@ -33,7 +33,7 @@ impl Unpacked {
 
     fn open(&self) -> Result<Rebuilt, Error> {
         let layer = open_root(&self.dir.path().join("layer")).unwrap();
-        Rebuilt::open(layer, &self.dir.path().join("recipe"), &self.diff_id)
+        Rebuilt::open(Content::Directory(layer), &self.dir.path().join("recipe"), &self.diff_id)
     }
 
     fn archive(&self) -> io::Result<Vec<u8>> {
@@ -187,7 +187,7 @@ proptest! {
             unpacked.kept.unwrap().finish().unwrap();
             let layer = open_root(&dir.path().join("layer")).unwrap();
             let mut again = Vec::new();
-            Rebuilt::open(layer, &dir.path().join("recipe"), &digest(&archive))
+            Rebuilt::open(Content::Directory(layer), &dir.path().join("recipe"), &digest(&archive))
                 .unwrap()
                 .read_to_end(&mut again)
                 .unwrap();
@@ -203,7 +203,7 @@ proptest! {
         std::fs::write(dir.path().join("steps"), steps).unwrap();
         std::fs::write(dir.path().join("moves"), &text).unwrap();
         let layer = open_root(&dir.path().join("layer")).unwrap();
-        if let Ok(mut rebuilt) = Rebuilt::open(layer, dir.path(), &digest(b"")) {
+        if let Ok(mut rebuilt) = Rebuilt::open(Content::Directory(layer), dir.path(), &digest(b"")) {
             let _ = io::copy(&mut rebuilt, &mut io::sink());
         }
     }

@@ -21,7 +21,7 @@ use rustix::{
 use super::{
     Error,
     layers::{self, Layer},
-    overlay::{self, Overlay},
+    overlay::{self, Lower, Overlay},
     tree, unpack,
 };
 use crate::{
@@ -124,22 +124,29 @@ pub struct ImageVolume {
 impl ImageVolume {
     /// Mounts its layers, read-only, attached nowhere yet. Blocks for a moment.
     pub fn mount(&self, owners: Option<&Owners>) -> Result<Mounted, Error> {
-        let mut lowers = layers::lowers(&self.layers);
+        let layers = self.dirs.layers();
+        let mut lowers =
+            layers::lowers(&self.layers).map_err(|e| mount_error(&layers, owners, e))?;
         if lowers.is_empty() {
-            lowers.push(EMPTY.to_owned());
+            lowers.push(Lower::Name(EMPTY.to_owned()));
         }
         let users = owners.map(AsFd::as_fd);
         let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
             | MountAttrFlags::MOUNT_ATTR_NOSUID
             | MountAttrFlags::MOUNT_ATTR_NODEV;
-        let layers = self.dirs.layers();
-        let mounted = match lowers.as_slice() {
+        let mounted = match (lowers.as_slice(), self.layers.as_slice()) {
             // overlayfs wants two.
-            [one] => overlay::bind(&layers.join(one), false).and_then(|fd| {
-                overlay::set_attributes(&fd, attributes, users)?;
-                Ok(fd)
-            }),
-            lowers => {
+            ([_], layers) => {
+                let one = match layers {
+                    [layer, ..] => layer.bind(),
+                    [] => overlay::bind(&self.dirs.layers().join(EMPTY), false),
+                };
+                one.and_then(|fd| {
+                    overlay::set_attributes(&fd, attributes, users)?;
+                    Ok(fd)
+                })
+            }
+            (lowers, _) => {
                 let overlay = Overlay { layers: &layers, lowers, writable: None, readonly: true };
                 let mounted = match users {
                     Some(users) => overlay.mount_mapped(users, &self.dirs.ingest()),
@@ -317,7 +324,7 @@ impl Snapshot {
         let upper = unpack::open_root(&self.upper)?;
         // The root directory of the mount is this one: it must look like the image's.
         match self.root_layer() {
-            Some(layer) => layers::copy_attributes(&unpack::open_root(&layer.path())?, &upper),
+            Some(layer) => layers::copy_attributes(&layer.open()?, &upper),
             None => Ok(rustix::fs::fchmod(&upper, Mode::from_raw_mode(0o755))?),
         }
     }
@@ -333,7 +340,7 @@ impl Snapshot {
     fn map_root(&self, owners: &Owners) -> io::Result<()> {
         let (uid, gid) = match self.root_layer() {
             Some(layer) => {
-                let stat = rustix::fs::stat(layer.path())?;
+                let stat = rustix::fs::fstat(layer.open()?)?;
                 (stat.st_uid, stat.st_gid)
             }
             None => (0, 0),
@@ -355,9 +362,9 @@ impl Snapshot {
             path: self.upper.clone(),
             source: io::Error::new(io::ErrorKind::NotFound, "a layer of it is gone from the disk"),
         })?;
-        let mut lowers = layers::lowers(layers);
+        let mut lowers = layers::lowers(layers).map_err(|e| mount_error(&self.upper, owners, e))?;
         if lowers.is_empty() {
-            lowers.push(EMPTY.to_owned());
+            lowers.push(Lower::Name(EMPTY.to_owned()));
         }
         let overlay = Overlay {
             layers: &self.dirs.layers(),

@@ -1,8 +1,9 @@
 //! The bytes of one layer on their way from a source to `unpack`, in one pass:
-//! compressed → size and SHA-256 → inflate → bound and SHA-256 (diff id) → tar → files.
+//! compressed → size and SHA-256 → inflate → bound and SHA-256 (diff id) → tar → files. What runs at
+//! the same time as what is the business of `pipeline`.
 
 use std::{
-    io::{self, BufRead, BufReader, Read},
+    io::{self, BufRead, Read},
     os::fd::AsFd,
     path::Path,
 };
@@ -10,13 +11,11 @@ use std::{
 use sha2::{Digest as _, Sha256};
 
 use super::{
+    pipeline,
     recipe::Recorder,
     unpack::{self, Unpacked},
 };
-use crate::id::Digest;
-
-/// Buffer between inflate and tar, in bytes: large enough that most files are one write(2).
-const BUFFER: usize = 256 << 10;
+use crate::{config::LayerFormat, id::Digest};
 
 /// Largest window of a zstd frame, as a power of two: what the zstd tool accepts by default.
 const ZSTD_WINDOW_LOG: u32 = 27;
@@ -71,25 +70,44 @@ pub struct Expected {
     pub diff_id: Digest,
     /// Most uncompressed bytes.
     pub limit: u64,
+    /// What it is to become.
+    pub format: LayerFormat,
 }
 
-/// Unpacks the layer that `source` yields into the new directory `path`, and its recipe into the new
+/// Unpacks the layer that `source` yields into the new directory or image `path`, and its recipe into the new
 /// directory `recipe`. Blocks. On an error the directories may be there: the caller removes them.
+///
+/// `give_up` is called when unpacking has failed: a source that waits must end then.
 pub fn unpack_layer(
-    source: impl Read,
+    source: impl BufRead + Send,
     expected: &Expected,
     path: &Path,
     recipe: &Path,
+    give_up: impl FnOnce(),
 ) -> Result<Unpacked, Error> {
-    std::fs::create_dir(path).map_err(Error::Directory)?;
-    let root = unpack::open_root(path).map_err(Error::Directory)?;
+    let root = match expected.format {
+        LayerFormat::Directories => {
+            std::fs::create_dir(path).map_err(Error::Directory)?;
+            Some(unpack::open_root(path).map_err(Error::Directory)?)
+        }
+        LayerFormat::Erofs => None,
+    };
     let recorder = Recorder::create(recipe).map_err(Error::Directory)?;
 
     let mut content = Hashed::new(source, expected.content.as_ref().map(|(_, size)| *size));
-    let mut plain = Plain::new(inflate(&mut content).map_err(source_error)?, expected.limit);
-    let result = unpack::unpack(&mut plain, root.as_fd(), Some(recorder));
-    let (too_large, diff_id) = (plain.too_large, plain.hash.clone());
-    drop(plain);
+    let passed = pipeline::pass(
+        || inflate(&mut content),
+        expected.limit,
+        |plain| match &root {
+            Some(root) => unpack::unpack(plain, root.as_fd(), Some(recorder)),
+            None => unpack::unpack_image(plain, path, Some(recorder)),
+        },
+        |unpacked| {
+            if unpacked.is_err() {
+                give_up();
+            }
+        },
+    );
 
     // A size or a limit that was passed explains whatever the reader made of it.
     if let Some((_, want)) = &expected.content
@@ -97,10 +115,10 @@ pub fn unpack_layer(
     {
         return Err(Error::Size { got: content.length, want: *want });
     }
-    if too_large {
+    if passed.too_large {
         return Err(Error::TooLarge { limit: expected.limit });
     }
-    let unpacked = result?;
+    let unpacked = passed.result?;
     // Decoders stop at their own end; the digest covers all.
     io::copy(&mut content, &mut io::sink()).map_err(source_error)?;
     if let Some((want, size)) = &expected.content {
@@ -112,7 +130,7 @@ pub fn unpack_layer(
             return Err(Error::Content { got, want: want.clone() });
         }
     }
-    let got = Digest::from_sha256(diff_id.finalize().into());
+    let got = Digest::from_sha256(passed.hash);
     if got != expected.diff_id {
         return Err(Error::DiffId { got, want: expected.diff_id.clone() });
     }
@@ -126,8 +144,7 @@ fn source_error(error: io::Error) -> Error {
 /// By what the bytes are, not by what the manifest calls them: registries have wrong media types.
 /// No tar archive begins with either magic number, as an entry's name comes first and its checksum
 /// would have to fit.
-pub fn inflate<'a>(source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    let mut source = BufReader::with_capacity(64 << 10, source);
+pub fn inflate<'a>(mut source: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     let mut head = [0; 4];
     let mut length = 0;
     while length < 4 {
@@ -138,8 +155,8 @@ pub fn inflate<'a>(source: impl Read + 'a) -> io::Result<Box<dyn Read + 'a>> {
             Err(e) => return Err(e),
         }
     }
-    let rest =
-        BufReader::with_capacity(64 << 10, io::Cursor::new(head).take(length as u64).chain(source));
+    // From the source's own buffer: nothing is copied on the way to the decoder.
+    let rest = io::Cursor::new(head).take(length as u64).chain(source);
     Ok(match head {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(rest)),
         // A frame, or a frame to be skipped.
@@ -166,78 +183,29 @@ impl<R> Hashed<R> {
     }
 }
 
-impl<R: Read> Read for Hashed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let length = self.source.read(buffer)?;
-        self.hash.update(&buffer[..length]);
-        self.length += length as u64;
+impl<R: BufRead> BufRead for Hashed<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
         if self.limit.is_some_and(|limit| self.length > limit) {
             return Err(io::Error::other("more bytes than the manifest says"));
         }
-        Ok(length)
+        self.source.fill_buf()
     }
-}
 
-/// The uncompressed stream: buffered, bounded and hashed.
-struct Plain<R> {
-    source: R,
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
-    hash: Sha256,
-    left: u64,
-    too_large: bool,
-}
-
-impl<R: Read> Plain<R> {
-    fn new(source: R, limit: u64) -> Self {
-        let buffer = vec![0; BUFFER].into_boxed_slice();
-        Self {
-            source,
-            buffer,
-            start: 0,
-            end: 0,
-            hash: Sha256::new(),
-            left: limit,
-            too_large: false,
+    fn consume(&mut self, length: usize) {
+        if let Ok(buffer) = self.source.fill_buf() {
+            self.hash.update(&buffer[..length]);
         }
+        self.source.consume(length);
+        self.length += length as u64;
     }
 }
 
-impl<R: Read> Read for Plain<R> {
+impl<R: BufRead> Read for Hashed<R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let buffer = self.fill_buf()?;
         let length = buffer.len().min(out.len());
         out[..length].copy_from_slice(&buffer[..length]);
         self.consume(length);
         Ok(length)
-    }
-}
-
-impl<R: Read> BufRead for Plain<R> {
-    fn fill_buf(&mut self) -> io::Result<&[u8]> {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-            // Decoders give little at a time; a full buffer makes few and large writes.
-            while self.end < self.buffer.len() {
-                match self.source.read(&mut self.buffer[self.end..]) {
-                    Ok(0) => break,
-                    Ok(length) => self.end += length,
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) => return Err(e),
-                }
-            }
-            if self.end as u64 > self.left {
-                self.too_large = true;
-                return Err(io::Error::other("the layer is too large"));
-            }
-            self.left -= self.end as u64;
-            self.hash.update(&self.buffer[..self.end]);
-        }
-        Ok(&self.buffer[self.start..self.end])
-    }
-
-    fn consume(&mut self, length: usize) {
-        self.start += length;
     }
 }

@@ -41,6 +41,7 @@ fn config(dir: &Path) -> config::Images {
         stall_timeout: Duration::from_millis(1500),
         pull_timeout: Duration::from_secs(120),
         max_layer_size: 64 << 20,
+        layer_format: config::LayerFormat::Directories,
     }
 }
 
@@ -1388,6 +1389,78 @@ async fn bad_archives_are_refused_and_leave_nothing() {
         assert_eq!(node.files(), empty, "{part}");
         assert!(node.images.list().is_empty());
     }
+}
+
+/// The second layer of an image comes only when it may; the first is counted.
+#[tokio::test]
+async fn a_pull_that_is_tried_again_goes_on_from_the_layers_that_are_complete() {
+    let registry = FakeRegistry::start().await;
+    let image = TestImage::new(&[base(), layer("one")]);
+    registry.put("a", "1", &image);
+    let (first, second) = (digest(&image.layers[0]).hex(), digest(&image.layers[1]));
+    let open = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    registry.hook({
+        let (open, second) = (open.clone(), second.hex());
+        move |r| {
+            let shut = !open.load(std::sync::atomic::Ordering::Relaxed);
+            (shut && r.uri().path().contains(&second)).then(|| response(403, "not now"))
+        }
+    });
+    let node = Node::with(|config| config.max_parallel_layers = 1).await;
+    let reference = registry.reference("a:1");
+    // Denied will not pass by itself: nothing is kept.
+    node.pull(&reference).await.unwrap_err();
+    assert_eq!(node.images.fs_usage().inodes_used, 0);
+
+    registry.hook({
+        let (open, second) = (open.clone(), second.hex());
+        move |r| {
+            let shut = !open.load(std::sync::atomic::Ordering::Relaxed);
+            (shut && r.uri().path().contains(&second)).then(|| response(503, "not now"))
+        }
+    });
+    node.pull(&reference).await.unwrap_err();
+    assert!(node.images.fs_usage().inodes_used > 0);
+    // Also over the end of the daemon.
+    node.images.shutdown().await;
+    let node = node.again().await;
+    assert!(node.images.list().is_empty() && node.images.fs_usage().inodes_used > 0);
+    registry.forget_log();
+    open.store(true, std::sync::atomic::Ordering::Relaxed);
+    node.pull(&reference).await.unwrap();
+    let log = registry.log();
+    assert!(!log.iter().any(|line| line.contains(&first)), "{log:?}");
+    assert!(log.iter().any(|line| line.contains(&second.hex())), "{log:?}");
+
+    // Complete and recorded, it is like any other.
+    node.images.remove(&reference).await.unwrap();
+    node.images.flush().await;
+    assert_eq!(node.images.fs_usage().inodes_used, 0);
+    let root = node.dir.path().join("images");
+    assert!(layers::numbered(&root.join("recipes")).unwrap().is_empty());
+}
+
+/// A layer of a boot that is over may lack what was never synced.
+#[tokio::test]
+async fn what_was_unpacked_before_a_reboot_and_not_recorded_is_not_used() {
+    let registry = FakeRegistry::start().await;
+    let image = TestImage::new(&[base(), layer("one")]);
+    registry.put("a", "1", &image);
+    let second = digest(&image.layers[1]).hex();
+    registry.hook(move |r| r.uri().path().contains(&second).then(|| response(503, "not now")));
+    let node = Node::with(|config| config.max_parallel_layers = 1).await;
+    node.pull(&registry.reference("a:1")).await.unwrap_err();
+    let root = node.dir.path().join("images");
+    let [number] = layers::numbered(&root.join("recipes")).unwrap()[..] else { panic!("one") };
+    let placed = root.join(format!("recipes/{number}/placed"));
+    let mut text: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&placed).unwrap()).unwrap();
+    text["boot"] = "another".into();
+    std::fs::write(&placed, text.to_string()).unwrap();
+    node.images.shutdown().await;
+    let node = node.again().await;
+    assert_eq!(node.images.fs_usage().inodes_used, 0);
+    assert!(layers::numbered(&root.join("layers")).unwrap().is_empty());
 }
 
 #[tokio::test]

@@ -21,7 +21,8 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::FileExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
+    rc::Rc,
 };
 
 use rustix::{
@@ -33,6 +34,7 @@ use rustix::{
 };
 
 use super::{
+    erofs,
     recipe::{Kept, Recorder},
     tar::{self, Archive, Entry, Kind, Time},
     tree,
@@ -43,6 +45,9 @@ const MAX_DEPTH: usize = 256;
 
 /// PATH_MAX, which includes the terminating NUL.
 const MAX_PATH: usize = 4095;
+
+/// Files of this many bytes begin their way to the disk as soon as they are complete.
+pub(super) const WRITE_BACK: u64 = 1 << 20;
 
 /// What overlayfs calls a directory that hides the one below it.
 pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
@@ -85,6 +90,9 @@ pub struct Unpacked {
     pub implied: Vec<PathBuf>,
     /// What of it the recipe must look for elsewhere; `None`: no recipe was asked for.
     pub kept: Option<Kept>,
+    /// The image that it is to be, of which names and attributes are not yet written; `None`: it is a
+    /// directory.
+    pub image: Option<(erofs::Writer, erofs::tree::Tree)>,
 }
 
 /// An open directory of the layer.
@@ -93,7 +101,14 @@ struct Parent {
     named: Vec<u8>,
     /// Without links.
     real: Vec<u8>,
-    fd: OwnedFd,
+    fd: Rc<OwnedFd>,
+}
+
+impl Unpacked {
+    /// Writes down what its recipe must look for elsewhere, of a layer that nothing else is done to.
+    pub fn finish_recipe(self) -> io::Result<()> {
+        self.kept.map_or(Ok(()), Kept::finish)
+    }
 }
 
 /// What a directory gets at the end.
@@ -125,8 +140,9 @@ pub fn unpack<R: BufRead>(
         Some(recorder) => Archive::recorded(source, recorder),
         None => Archive::new(source),
     };
-    let mut layer =
-        Layer { root, parent: None, directories: BTreeMap::new(), done: Unpacked::default() };
+    let defaults = Defaults::of(root);
+    let directories = BTreeMap::new();
+    let mut layer = Layer { root, parent: None, directories, done: Unpacked::default(), defaults };
     layer.directories.insert(Vec::new(), Directory::default());
     while let Some(entry) = archive.entry()? {
         layer.place(entry, &mut archive)?;
@@ -138,6 +154,26 @@ pub fn unpack<R: BufRead>(
     layer.finish()
 }
 
+/// The same into a new EROFS image at `path`, all but what depends on the layers below.
+pub fn unpack_image<R: BufRead>(
+    source: R,
+    path: &Path,
+    recorder: Option<Recorder>,
+) -> Result<Unpacked, Error> {
+    let write = |source| Error::Write { path: path.display().to_string(), source };
+    let mut writer = erofs::Writer::create(path).map_err(write)?;
+    let built = erofs::tree::Builder::new(&mut writer).read(source, recorder)?;
+    let tree = built.tree;
+    Ok(Unpacked {
+        bytes: built.bytes,
+        inodes: tree.inodes(),
+        root_listed: tree.root_listed(),
+        implied: tree.implied(),
+        kept: built.kept,
+        image: Some((writer, tree)),
+    })
+}
+
 struct Layer<'a> {
     root: BorrowedFd<'a>,
     /// The directory of the entry before: most archives list a directory's files in a row.
@@ -145,6 +181,33 @@ struct Layer<'a> {
     /// By their path without links; the root is the empty one.
     directories: BTreeMap<Vec<u8>, Directory>,
     done: Unpacked,
+    defaults: Defaults,
+}
+
+/// What a new file gets by itself.
+struct Defaults {
+    /// Bits that its mode loses.
+    umask: u32,
+    /// Its owner and group, if that is certain.
+    owner: Option<(u32, u32)>,
+}
+
+impl Defaults {
+    /// Below `root`, a new directory, whose directories have no set-group-id bit and no default ACL
+    /// until all is in place.
+    fn of(root: BorrowedFd<'_>) -> Self {
+        let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+        let owner = rustix::fs::fstat(root)
+            .ok()
+            // Else the group is inherited: by the bit, or by a mount option.
+            .filter(|stat| stat.st_mode & 0o2000 == 0 && stat.st_gid == gid.as_raw())
+            .map(|_| (uid.as_raw(), gid.as_raw()));
+        // umask(2) tells only by setting it (proc_pid_status(5)).
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+        let umask = status.lines().find_map(|line| line.strip_prefix("Umask:"));
+        let umask = umask.and_then(|text| u32::from_str_radix(text.trim(), 8).ok());
+        Self { umask: umask.unwrap_or(0o777), owner }
+    }
 }
 
 impl Layer<'_> {
@@ -172,8 +235,7 @@ impl Layer<'_> {
         let parent = self.enter(parent_path, &entry.path)?;
         let path = join(&parent.real, name);
         let name = OsStr::from_bytes(name);
-        let parent = parent.fd.try_clone();
-        let parent = parent.map_err(|source| Error::Write { path: shown(), source })?;
+        let parent = parent.fd.clone();
         let parent = parent.as_fd();
         let recorder = archive.recorder();
         match &entry.kind {
@@ -201,7 +263,10 @@ impl Layer<'_> {
                     | OFlags::WRONLY
                     | OFlags::NOFOLLOW
                     | OFlags::CLOEXEC;
-                let mode = Mode::RUSR | Mode::WUSR;
+                // Most files can be made as they are to be, which saves two calls for each.
+                let plain = entry.mode & (self.defaults.umask | !0o777) == 0;
+                let mode = if plain { entry.mode } else { 0o600 };
+                let mode = Mode::from_raw_mode(mode as RawMode);
                 let open = || rustix::fs::openat(parent, name, flags, mode);
                 let file = match open() {
                     Err(Errno::EXIST) => {
@@ -214,15 +279,22 @@ impl Layer<'_> {
                 let file = std::fs::File::from(file);
                 let stored = copy(archive, &entry, &path, &file)?;
                 self.count(stored);
-                rustix::fs::fchown(&file, uid(entry.uid), gid(entry.gid)).map_err(write)?;
-                rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode as RawMode))
-                    .map_err(write)?;
+                if self.defaults.owner != Some((entry.uid, entry.gid)) {
+                    rustix::fs::fchown(&file, uid(entry.uid), gid(entry.gid)).map_err(write)?;
+                }
+                if !plain {
+                    rustix::fs::fchmod(&file, Mode::from_raw_mode(entry.mode as RawMode))
+                        .map_err(write)?;
+                }
                 for (name, value) in wanted_xattrs(&entry.xattrs) {
                     rustix::fs::fsetxattr(&file, name, value, XattrFlags::empty())
                         .or_else(|e| forgive(name, e))
                         .map_err(write)?;
                 }
                 rustix::fs::futimens(&file, &times(entry.mtime)).map_err(write)?;
+                if stored >= WRITE_BACK {
+                    write_back(&file);
+                }
                 return Ok(());
             }
             Kind::HardLink(target) => {
@@ -334,7 +406,7 @@ impl Layer<'_> {
             .ok()
             .filter(|target| !target.is_empty())
             .ok_or(refuse("the target of a hard link must be a path inside the layer"))?;
-        if target == path {
+        if clean(&entry.path).is_ok_and(|path| path == target) {
             return Ok(());
         }
         let (from_path, from_name) = match target.iter().rposition(|b| *b == b'/') {
@@ -360,6 +432,13 @@ impl Layer<'_> {
                 );
                 if (old.st_dev, old.st_ino) == (new.st_dev, new.st_ino) {
                     return Ok(());
+                }
+                // Making way must not take the target along.
+                let inside = real_path(self.root, from.as_fd())
+                    .map_err(|source| Error::Write { path: show(&entry.path), source })?;
+                if inside.strip_prefix(path).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+                {
+                    return Err(refuse(missing));
                 }
                 self.clear(parent, name, path, false, recorder).map_err(write)?;
                 link()
@@ -401,7 +480,7 @@ impl Layer<'_> {
                     (real, fd)
                 }
             };
-            self.parent = Some(Parent { named: path.to_vec(), real, fd });
+            self.parent = Some(Parent { named: path.to_vec(), real, fd: fd.into() });
         }
         Ok(self.parent.as_ref().expect("just set"))
     }
@@ -534,6 +613,15 @@ enum Cleared {
     Removed,
 }
 
+/// Has the kernel begin to write a file's data to disk (sync_file_range(2)), so that less is left for the
+/// sync at the end of the pull. Small files are better written together, by that.
+#[expect(unsafe_code, reason = "sync_file_range(2)")]
+pub(super) fn write_back(file: &std::fs::File) {
+    use std::os::fd::AsRawFd;
+    // SAFETY: it takes numbers only. What goes wrong here the sync finds again and tells.
+    let _ = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
 /// Writes the data of a file; returns the bytes that are stored.
 fn copy<R: BufRead>(
     archive: &mut Archive<R>,
@@ -563,7 +651,7 @@ fn copy<R: BufRead>(
 }
 
 /// The path without empty and `.` parts, or which rule it breaks.
-fn clean(path: &[u8]) -> Result<Vec<u8>, &'static str> {
+pub(super) fn clean(path: &[u8]) -> Result<Vec<u8>, &'static str> {
     if path.is_empty() {
         return Err("its path is empty");
     }
@@ -595,7 +683,7 @@ fn clean(path: &[u8]) -> Result<Vec<u8>, &'static str> {
 }
 
 /// overlayfs' own attributes decide how layers are put together: a layer may not bring them.
-fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), &'static str> {
+pub(super) fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), &'static str> {
     if xattrs.iter().any(|(name, _)| name.starts_with(b"trusted.overlay.")) {
         return Err("it has an attribute of overlayfs");
     }
@@ -603,7 +691,9 @@ fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), &'static str> {
 }
 
 /// SELinux labels are the node's to give.
-fn wanted_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> impl Iterator<Item = (&OsStr, &[u8])> {
+pub(super) fn wanted_xattrs(
+    xattrs: &[(Vec<u8>, Vec<u8>)],
+) -> impl Iterator<Item = (&OsStr, &[u8])> {
     xattrs
         .iter()
         .filter(|(name, _)| name != b"security.selinux")
@@ -683,16 +773,16 @@ fn times(time: Time) -> Timestamps {
 }
 
 /// A path as a message shows it: one line, of bounded length.
-fn show(path: &[u8]) -> String {
+pub(super) fn show(path: &[u8]) -> String {
     String::from_utf8_lossy(&path[..path.len().min(200)]).into_owned()
 }
 
 /// Opens the directory at `path` for [`unpack`].
-pub fn open_root(path: &std::path::Path) -> io::Result<OwnedFd> {
+pub fn open_root(path: &Path) -> io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(CWD, path, flags, Mode::empty())?)
 }
 
 #[cfg(test)]
 #[path = "unpack_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -11,7 +11,10 @@ use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 
 use super::{
-    super::testing::{Header, Tar, listing},
+    super::{
+        erofs::tests::image_listing,
+        testing::{Header, Tar, listing},
+    },
     *,
 };
 
@@ -82,6 +85,11 @@ fn hostile_entries_are_refused_and_nothing_is_outside() {
             "outside the layer",
         ),
         ("hard link to nothing", Tar::new().hard_link("a", "b").end(), "earlier file"),
+        (
+            "hard link over what has its target",
+            Tar::new().dir("d").file("d/f", "x").hard_link("d", "d/f").end(),
+            "earlier file",
+        ),
         ("hard link to a directory", Tar::new().dir("d").hard_link("a", "d").end(), "directory"),
         (
             "whiteout up",
@@ -469,6 +477,8 @@ fn what_gnu_tar_archives_comes_out_the_same() {
             let out = dir.path().join(format!("out-{number}"));
             unpack_to(&out, &archive).unwrap();
             pretty(&listing(&out), &want, &format!("{format:?}, seed {seed}"));
+            let image = image_listing(&archive).unwrap();
+            pretty(&image, &want, &format!("image of {format:?}, seed {seed}"));
         }
         // The old format knows neither nanoseconds nor attributes: GNU tar itself is the measure.
         for (number, format) in
@@ -491,13 +501,16 @@ fn what_gnu_tar_archives_comes_out_the_same() {
                 .unwrap();
             tar.stdin.take().unwrap().write_all(&archive).unwrap();
             assert!(tar.wait().unwrap().success());
-            pretty(&listing(&ours), &listing(&theirs), &format!("{format:?}, seed {seed}"));
+            let theirs = listing(&theirs);
+            pretty(&listing(&ours), &theirs, &format!("{format:?}, seed {seed}"));
+            let image = image_listing(&archive).unwrap();
+            pretty(&image, &theirs, &format!("image of {format:?}, seed {seed}"));
         }
     }
 }
 
 /// Compares two listings and shows only what differs.
-fn pretty(
+pub(in super::super) fn pretty(
     got: &std::collections::BTreeMap<String, String>,
     want: &std::collections::BTreeMap<String, String>,
     what: &str,

@@ -99,7 +99,19 @@ pub(super) async fn create(
             Ok(Effect::Created(Box::new(record)))
         }
         Err(error) => {
-            let undone = take_away(&services, Some(&client), &record).await;
+            let client = match lost_shim(&error) {
+                false => Some(client),
+                true => {
+                    // The runtime may have made it, and no shim knows.
+                    let deleted = services.shims.delete_dead(&id, &view.record.runtime).await;
+                    if let Err(error) = deleted {
+                        warn!(container = id.short(), error = %chain(&error), "clean up after it");
+                    }
+                    pod.client_after(&client).await.ok()
+                }
+            };
+            let shim = client.map(|client| (&pod, client));
+            let undone = take_away(&services, shim.as_ref(), &record).await;
             remove_cgroup(&services, &view.record, &id).await;
             let undone = match undone {
                 Ok(()) => services.store.delete_container(&id).await.map_err(Error::from),
@@ -356,24 +368,41 @@ fn namespaces(
     })
 }
 
+/// The shim went while it was at it.
+fn lost_shim(error: &Error) -> bool {
+    match error {
+        Error::Create { source, .. } | Error::Task { source, .. } => {
+            source.kind() == ErrorKind::Closed
+        }
+        _ => false,
+    }
+}
+
 /// Starts a created container.
 pub(super) async fn start(
     services: Arc<Services>,
     pod: Pod,
     id: ContainerId,
 ) -> Result<Effect, Error> {
-    let client = foreign::tasks(&services, &pod, &id).await?;
+    let mut client = foreign::tasks(&services, &pod, &id).await?;
     let restored = restore::waits(&services, &id);
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
-    let pid = match client.start(id.as_str(), "").await {
-        Ok(pid) => pid,
-        Err(source) => match runs(&client, &id).await {
-            // A daemon that was killed had it started, and could not say so.
-            Some(pid) if source.kind() == ErrorKind::Precondition => pid,
+    let pid = loop {
+        let source = match client.start(id.as_str(), "").await {
+            Ok(pid) => break pid,
+            Err(source) => source,
+        };
+        if source.kind() == ErrorKind::Closed {
+            client = pod.client_after(&client).await?;
+            continue;
+        }
+        match runs(&client, &id).await {
+            // A daemon that was killed, or a shim that died, had it started and could not say so.
+            Some(pid) if source.kind() == ErrorKind::Precondition => break pid,
             _ if restored => return Err(restore::failed(&services, id, source)),
             _ => return Err(Error::Task { what: "start", id, source }),
-        },
+        }
     };
     if restored && let Err(error) = restore::forget(&services, &id).await {
         warn!(container = id.short(), error = %chain(&error), "its checkpoint is left on disk");
@@ -433,25 +462,40 @@ pub(super) async fn stop(
     if runs && !grace.is_zero() {
         // Asked once: to some programs a second SIGTERM means "at once".
         if !container.asked_to_stop.swap(true, Ordering::Relaxed) {
-            kill(&client, &id, container.record.stop_signal, false).await?;
+            insist(&pod, client.clone(), &id, container.record.stop_signal, false).await?;
         }
-        if ended(services, &pod, &client, &id, grace).await? {
+        if ended(services, &pod, &id, grace).await? {
             return Ok(());
         }
     }
-    kill(&client, &id, libc::SIGKILL, true).await?;
-    match ended(services, &pod, &client, &id, AFTER_KILL).await? {
+    insist(&pod, client, &id, libc::SIGKILL, true).await?;
+    match ended(services, &pod, &id, AFTER_KILL).await? {
         true => Ok(()),
         false => Err(Error::StillRuns { id, after: AFTER_KILL }),
     }
 }
 
-async fn kill(client: &Client, id: &ContainerId, signal: i32, all: bool) -> Result<(), Error> {
-    match client.kill(id.as_str(), "", signal as u32, all).await {
-        Ok(_) => Ok(()),
-        // Ended meanwhile.
-        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => Ok(()),
-        Err(source) => Err(Error::Task { what: "signal", id: id.clone(), source }),
+/// Signals a container, by the shim that there is when the first one goes.
+async fn insist(
+    pod: &Pod,
+    mut client: Client,
+    id: &ContainerId,
+    signal: i32,
+    all: bool,
+) -> Result<(), Error> {
+    loop {
+        match client.kill(id.as_str(), "", signal as u32, all).await {
+            Err(error) if error.kind() == ErrorKind::Closed => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(Error::Task { what: "signal", id: id.clone(), source }),
+            Ok(()) => return Ok(()),
+        }
+        client = match pod.client_after(&client).await {
+            Ok(client) => client,
+            // What a shim leaves that cannot be replaced is killed.
+            Err(Error::PodNotReady(_)) => return Ok(()),
+            Err(error) => return Err(error),
+        };
     }
 }
 
@@ -459,7 +503,6 @@ async fn kill(client: &Client, id: &ContainerId, signal: i32, all: bool) -> Resu
 async fn ended(
     services: &Services,
     pod: &Pod,
-    client: &Client,
     id: &ContainerId,
     within: Duration,
 ) -> Result<bool, Error> {
@@ -474,6 +517,7 @@ async fn ended(
         }
         loop {
             tokio::time::sleep(ASK).await;
+            let Some(client) = pod.connected() else { continue };
             let state = client.state(id.as_str(), "").await;
             let stopped = match state {
                 Ok(state) => state.exit.map(|exit| (exit.status, exit.at)),
@@ -503,24 +547,41 @@ pub(super) async fn reap(
     pod: Pod,
     id: ContainerId,
 ) -> Result<Effect, Error> {
-    free(&services, pod.connected().as_ref(), &id).await?;
+    free(&services, shim_of(&pod).as_ref(), &id).await?;
     Ok(Effect::Reaped)
+}
+
+/// A pod, and its shim as far as we know.
+pub(super) type Shim<'a> = (&'a Pod, Client);
+
+fn shim_of(pod: &Pod) -> Option<Shim<'_>> {
+    pod.connected().map(|client| (pod, client))
 }
 
 /// See [`reap`]. May be repeated.
 pub(super) async fn free(
     services: &Services,
-    client: Option<&Client>,
+    shim: Option<&Shim<'_>>,
     id: &ContainerId,
 ) -> Result<(), Error> {
     let bundle = services.shims.container_bundle(id);
     let ended = services.shims.end_foreign(id.as_str(), &bundle).await;
     ended.map_err(|source| Error::Task { what: "delete", id: id.clone(), source })?;
-    if let Some(client) = client {
-        match client.delete(id.as_str(), "").await {
-            Ok(_) => {}
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::Closed) => {}
-            Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
+    if let Some((pod, client)) = shim {
+        let mut client = client.clone();
+        loop {
+            match client.delete(id.as_str(), "").await {
+                Ok(_) => break,
+                Err(e) if e.kind() == ErrorKind::NotFound => break,
+                Err(e) if e.kind() == ErrorKind::Closed => {}
+                Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
+            }
+            // The next shim has what the dead one had.
+            client = match pod.client_after(&client).await {
+                Ok(client) => client,
+                Err(Error::PodNotReady(_)) => break,
+                Err(error) => return Err(error),
+            };
         }
     }
     let unmounted = tokio::task::spawn_blocking(move || {
@@ -538,25 +599,27 @@ pub(super) async fn remove(
 ) -> Result<Effect, Error> {
     let container = pod.container(&id)?;
     stop(&services, pod.clone(), id.clone(), Duration::ZERO).await?;
-    take_away(&services, pod.connected().as_ref(), &container.record).await?;
+    take_away(&services, shim_of(&pod).as_ref(), &container.record).await?;
     Ok(Effect::Removed(id))
 }
 
 /// Takes away all that a container is made of, whatever of it there is. May be repeated.
 pub(super) async fn take_away(
     services: &Services,
-    client: Option<&Client>,
+    shim: Option<&Shim<'_>>,
     record: &ContainerRecord,
 ) -> Result<(), Error> {
     let id = &record.id;
-    if let Some(client) = client {
+    if let Some((pod, client)) = shim {
         // Half made or running: the shim kills it first.
-        kill(client, id, libc::SIGKILL, true).await.or_else(|error| match &error {
-            Error::Task { source, .. } if source.kind() == ErrorKind::Precondition => Ok(()),
-            _ => Err(error),
-        })?;
+        insist(pod, client.clone(), id, libc::SIGKILL, true).await.or_else(
+            |error| match &error {
+                Error::Task { source, .. } if source.kind() == ErrorKind::Precondition => Ok(()),
+                _ => Err(error),
+            },
+        )?;
     }
-    free(services, client, id).await?;
+    free(services, shim, id).await?;
     let image = services.images.remove_snapshot(id).await;
     image.map_err(|source| Error::Image { name: record.config.name.clone(), source })?;
     volumes::remove(services, id).await?;
@@ -603,7 +666,8 @@ pub(super) async fn discard(
             })?;
         }
     }
-    take_away(&services, client.as_ref(), &record).await?;
+    let shim = client.map(|client| (&pod, client));
+    take_away(&services, shim.as_ref(), &record).await?;
     remove_cgroup(&services, &pod.view().record, &record.id).await;
     Ok(Effect::Removed(record.id))
 }

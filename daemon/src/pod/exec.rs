@@ -74,7 +74,8 @@ pub(crate) struct Terms {
 
 /// A command that the shim knows of.
 pub(crate) struct Exec {
-    client: Client,
+    client: Mutex<Client>,
+    pod: Pod,
     container: ContainerId,
     name: String,
     _fifos: Fifos,
@@ -152,8 +153,14 @@ impl Exec {
             stderr: path_if(!terms.tty, "stderr"),
             process,
         };
-        let exec = Self { client, container: id.clone(), name, _fifos: fifos };
-        exec.client
+        let exec = Self {
+            client: Mutex::new(client.clone()),
+            pod: pod.clone(),
+            container: id.clone(),
+            name,
+            _fifos: fifos,
+        };
+        client
             .exec(id.as_str(), &exec.name, task)
             .await
             .map_err(|source| exec.failed("exec in", source))?;
@@ -166,27 +173,41 @@ impl Exec {
 
     /// Runs it.
     pub(crate) async fn start(&self) -> Result<(), Error> {
-        let started = self.client.start(self.container.as_str(), &self.name).await;
+        let started = self.client().start(self.container.as_str(), &self.name).await;
         started.map(drop).map_err(|source| self.failed("exec in", source))
     }
 
     /// Its exit code, when it has ended.
     pub(crate) async fn wait(&self) -> Result<i32, Error> {
-        let exited = self.client.wait(self.container.as_str(), &self.name).await;
-        let exited = exited.map_err(|source| self.failed("wait for a command in", source))?;
-        Ok(exited.status as i32)
+        loop {
+            let client = self.client();
+            match client.wait(self.container.as_str(), &self.name).await {
+                Ok(exited) => return Ok(exited.status as i32),
+                // The shim died, and the command did not: another has taken over.
+                Err(error) if error.kind() == ErrorKind::Closed => {
+                    let next = self.pod.client_after(&client).await?;
+                    *self.client.lock().unwrap_or_else(|e| e.into_inner()) = next;
+                }
+                Err(source) => return Err(self.failed("wait for a command in", source)),
+            }
+        }
+    }
+
+    fn client(&self) -> Client {
+        self.client.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
     /// Sets the size of its terminal. That it has ended is no error.
     pub(crate) async fn resize(&self, width: u16, height: u16) {
         let (width, height) = (u32::from(width), u32::from(height));
-        let resized = self.client.resize(self.container.as_str(), &self.name, width, height).await;
+        let resized =
+            self.client().resize(self.container.as_str(), &self.name, width, height).await;
         self.note("resize the terminal of", resized);
     }
 
     /// Ends its standard input, once our own end is closed too.
     pub(crate) async fn close_stdin(&self) {
-        let closed = self.client.close_stdin(self.container.as_str(), &self.name).await;
+        let closed = self.client().close_stdin(self.container.as_str(), &self.name).await;
         self.note("close the standard input of", closed);
     }
 
@@ -194,7 +215,7 @@ impl Exec {
     pub(crate) async fn signal(&self, signal: i32) {
         let all = signal == libc::SIGKILL;
         let (id, signal) = (self.container.as_str(), signal as u32);
-        let sent = self.client.kill(id, &self.name, signal, all).await;
+        let sent = self.client().kill(id, &self.name, signal, all).await;
         self.note("signal", sent);
     }
 
@@ -209,7 +230,7 @@ impl Exec {
 
     /// Frees what the shim holds of it.
     pub(crate) async fn reap(self) {
-        let deleted = self.client.delete(self.container.as_str(), &self.name).await;
+        let deleted = self.client().delete(self.container.as_str(), &self.name).await;
         self.note("delete", deleted);
     }
 

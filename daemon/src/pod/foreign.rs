@@ -299,7 +299,7 @@ async fn settle(
             };
             let oom_killed =
                 status != Status::Code(0) && (oom.exists() || kills.is_some_and(|n| n > 0));
-            ExitRecord { pid, status, at, oom_killed }.store(path)
+            ExitRecord { pid, status, at, oom_killed, lost: false }.store(path)
         });
         match stored.await {
             Ok(Ok(())) => {}

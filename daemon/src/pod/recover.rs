@@ -14,8 +14,10 @@ use std::{
 
 use holdfast_shim::{
     bundle::ExitRecord,
-    client::{Client, ErrorKind, TaskStatus},
+    client::{Client, Endpoint, ErrorKind, TaskStatus},
+    control::Control,
 };
+use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::{
@@ -31,8 +33,16 @@ use crate::{
     store::pods::{ContainerRecord, PodRecord},
 };
 
+/// How long a shim may take to say who it is.
+const HELLO: Duration = Duration::from_secs(10);
+
+/// How often a new shim is started in place of a dead one before its pod is given up, and how long to
+/// wait in between.
+const REVIVALS: u32 = 3;
+const REVIVAL: Duration = Duration::from_secs(1);
+
 /// First and last pause between attempts to reach a shim.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
+const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(5));
 
 /// An exit that was found out, rather than told.
 pub(super) struct Seen {
@@ -210,6 +220,9 @@ pub(super) fn how_ended(record: &Path, told: Option<(SystemTime, u32)>) -> (Syst
 }
 
 fn exit_of(record: &ExitRecord) -> Exit {
+    if record.lost {
+        return Exit::Lost;
+    }
     Exit::from_status(record.wire_status(), record.oom_killed)
 }
 
@@ -222,15 +235,16 @@ pub(super) async fn reach(
     let mut pause = PAUSES.0;
     while let Some(endpoint) = &record.endpoint {
         match services.shims.connect(endpoint).await {
-            Ok(client) => match look(&services, &client, &live).await {
-                Ok(Missed { started, exits }) => {
-                    return Ok(Effect::Linked { client, started, exits });
-                }
+            Ok(client) => match found(&services, &record, client, &live).await {
+                Ok(effect) => return Ok(effect),
                 Err(error) => warn!(error = %chain(&error), "the shim did not say all"),
             },
             Err(error) if is_dead(&services, &record.id) => {
                 info!(error = %chain(&error), "the shim is gone");
-                break;
+                match revive(&services, &record, &live).await {
+                    Some(effect) => return Ok(effect),
+                    None => break,
+                }
             }
             // It may only be slow: stopped, or short of CPU.
             Err(error) => warn!(error = %chain(&error), "the shim does not answer, trying again"),
@@ -242,6 +256,70 @@ pub(super) async fn reach(
     Ok(Effect::Dead { exits })
 }
 
+/// A shim that runs: either the pod's, or one that was started in place of a dead one by a daemon that
+/// was killed before it could say what to take over.
+async fn found(
+    services: &Arc<Services>,
+    record: &PodRecord,
+    client: Client,
+    live: &[ContainerRecord],
+) -> Result<Effect, holdfast_shim::client::Error> {
+    let control = Control::new(&services.shims.pod_bundle(&record.id));
+    let orphaned = match control.hello(HELLO).await {
+        Ok(hello) => hello.orphaned,
+        // A shim without a control socket cannot be an orphan of ours.
+        Err(error) if error.kind() == ErrorKind::Closed => false,
+        Err(error) => return Err(error),
+    };
+    if orphaned {
+        let (endpoint, client) = services.shims.revive(&record.id).await?;
+        let Missed { started, exits } = look(services, &client, live, Some(record)).await?;
+        return Ok(Effect::Linked { client, endpoint: Some(endpoint), started, exits });
+    }
+    let Missed { started, exits } = look(services, &client, live, None).await?;
+    Ok(Effect::Linked { client, endpoint: None, started, exits })
+}
+
+/// Starts a new shim in place of one that is dead. `None`: the pod cannot be saved.
+async fn revive(
+    services: &Arc<Services>,
+    record: &PodRecord,
+    live: &[ContainerRecord],
+) -> Option<Effect> {
+    let bundle = services.shims.pod_bundle(&record.id);
+    if !bundle.shim_state().exists() {
+        // After a boot, or a shim from before there was one.
+        return None;
+    }
+    for attempt in 1..=REVIVALS {
+        let begun = Instant::now();
+        let revived = async {
+            let (endpoint, client) = services.shims.revive(&record.id).await?;
+            let Missed { started, exits } = look(services, &client, live, Some(record)).await?;
+            Ok::<_, holdfast_shim::client::Error>((endpoint, client, started, exits))
+        };
+        match revived.await {
+            Ok((endpoint, client, started, exits)) => {
+                warn!(took = ?begun.elapsed(), "the pod's shim had died; a new one has taken over");
+                return Some(Effect::Linked { client, endpoint: Some(endpoint), started, exits });
+            }
+            Err(error) => {
+                warn!(attempt, error = %chain(&error), "a new shim could not take the pod over");
+            }
+        }
+        if attempt < REVIVALS {
+            tokio::time::sleep(REVIVAL).await;
+        }
+    }
+    // One that runs, and has taken nothing over, is not to stand in the way of what comes now.
+    let address = fs::read_to_string(bundle.address()).unwrap_or_default();
+    let endpoint = Endpoint { address: address.trim().to_owned(), version: 3 };
+    if let Ok(client) = services.shims.connect(&endpoint).await {
+        let _ = client.shutdown(record.id.as_str(), true).await;
+    }
+    None
+}
+
 /// What happened while nobody listened.
 #[derive(Default)]
 struct Missed {
@@ -250,11 +328,13 @@ struct Missed {
     exits: Vec<Seen>,
 }
 
-/// What the shim knows of each container that we do not.
+/// What the shim knows of each container that we do not. A shim that has taken over, and does not know
+/// one, leaves it to us.
 async fn look(
     services: &Services,
     client: &Client,
     live: &[ContainerRecord],
+    revived: Option<&PodRecord>,
 ) -> Result<Missed, holdfast_shim::client::Error> {
     let mut missed = Missed::default();
     for container in live.iter().filter(|c| !c.state.is_exited()) {
@@ -277,7 +357,13 @@ async fn look(
                 }
                 continue;
             }
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                if let Some(pod) = revived {
+                    // It runs, perhaps, and has no shim any more.
+                    services.shims.delete_dead(id, &pod.runtime).await?;
+                }
+                None
+            }
             Err(error) => return Err(error),
         };
         let record = services.shims.container_bundle(id).exit_record();
@@ -340,9 +426,16 @@ mod tests {
         assert_eq!(how_ended(&path, None).1, Exit::Lost);
         assert_eq!(how_ended(&path, Some((at(9), 137))), (at(9), Exit::Signal(9)));
         let status = holdfast_shim::bundle::Exit::Signal(9);
-        ExitRecord { pid: 7, status, at: at(8), oom_killed: true }.store(&path).unwrap();
+        ExitRecord { pid: 7, status, at: at(8), oom_killed: true, lost: false }
+            .store(&path)
+            .unwrap();
         let killed = (at(8), Exit::OomKilled { status: 137 });
         assert_eq!(how_ended(&path, Some((at(9), 137))), killed);
         assert_eq!(how_ended(&path, None), killed);
+        // It ended while its shim was dead, and nobody knows how.
+        ExitRecord { pid: 7, status, at: at(8), oom_killed: false, lost: true }
+            .store(&path)
+            .unwrap();
+        assert_eq!(how_ended(&path, Some((at(9), 255))), (at(8), Exit::Lost));
     }
 }

@@ -239,13 +239,13 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
     let view = pod.view();
     // The shim may be gone for good, or not be reached again yet: what the kernel has is then dealt
     // with by the tear-down.
-    let client = match pod.client().await {
+    let mut client = match pod.client().await {
         Ok(client) => Some(client),
         // Dead, or found dead while it was being reached: there is nothing to ask it.
         Err(Error::PodNotReady(_)) => None,
         Err(error) => return Err(error),
     };
-    if client.is_some() {
+    if let Some(first) = &client {
         let stops = view
             .containers
             .keys()
@@ -257,8 +257,10 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
             }
         }
         for id in view.containers.keys() {
-            container::free(&services, client.as_ref(), id).await?;
+            container::free(&services, Some(&(&pod, first.clone())), id).await?;
         }
+        // Another one by now, perhaps.
+        client = pod.connected();
     }
     tear_down(&services, &view.record, client).await?;
     Ok(Effect::Stopped)
@@ -295,7 +297,11 @@ async fn tear_down(
     };
     let shim = |what| move |source| Error::Shim { what, id: id.clone(), source };
     if let Some(client) = client {
-        let gone = |kind| matches!(kind, ErrorKind::NotFound | ErrorKind::Closed);
+        let mut died = false;
+        let mut gone = |kind| {
+            died |= kind == ErrorKind::Closed;
+            matches!(kind, ErrorKind::NotFound | ErrorKind::Closed)
+        };
         match client.stop_sandbox(id.as_str(), Duration::from_secs(10)).await {
             Err(error) if !gone(error.kind()) => return Err(shim("stop the shim")(error)),
             Ok(_) | Err(_) => {}
@@ -303,6 +309,10 @@ async fn tear_down(
         match client.shutdown_sandbox(id.as_str()).await {
             Err(error) if !gone(error.kind()) => return Err(shim("end the shim")(error)),
             Ok(_) | Err(_) => {}
+        }
+        if died && bundle.shim_state().exists() {
+            // Killed in the middle of it, so it has left things behind.
+            services.shims.delete_dead_pod(id).await.map_err(shim("clean up after the shim"))?;
         }
     } else if bundle.dir().exists() {
         services.shims.delete_dead_pod(id).await.map_err(shim("clean up after the shim"))?;

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use holdfast_shim::client::Client;
+use holdfast_shim::client::{Client, Endpoint};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
@@ -182,6 +182,8 @@ pub(super) enum Effect {
     Reaped,
     Linked {
         client: Client,
+        /// It is a new shim.
+        endpoint: Option<Endpoint>,
         started: Vec<(ContainerId, u32)>,
         exits: Vec<recover::Seen>,
     },
@@ -602,6 +604,7 @@ impl Owner {
                 record.state = PodState::NotReady;
                 self.save_pod(record).await?;
                 self.link.send_replace(Link::Down);
+                services.shims.let_go(&self.pod.id);
                 self.stopping = false;
                 self.publish(self.pod.id.clone(), Kind::Stopped);
                 info!("pod is stopped");
@@ -656,7 +659,11 @@ impl Owner {
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
             Effect::Done | Effect::Mended | Effect::Reaped => {}
-            Effect::Linked { client, started, exits } => {
+            Effect::Linked { client, endpoint, started, exits } => {
+                if endpoint.is_some() && endpoint != self.record.endpoint {
+                    let record = PodRecord { endpoint, ..(*self.record).clone() };
+                    self.save_pod(record).await?;
+                }
                 self.connected(client);
                 for (id, pid) in started {
                     self.change(&id, Change::Started { at: SystemTime::now(), pid }).await?;
@@ -681,6 +688,7 @@ impl Owner {
             Effect::Dead { exits } => {
                 warn!("the pod's shim is dead");
                 self.link.send_replace(Link::Down);
+                services.shims.let_go(&self.pod.id);
                 for seen in exits {
                     self.exited(&seen.id, seen.at, seen.how).await;
                 }
@@ -691,7 +699,9 @@ impl Owner {
             }
             Effect::Closed => {
                 // A shim that is, or was, shut down closes; anything else is looked into.
-                let ending = self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod);
+                let ending = (self.is_running(&Op::StopPod) || self.is_running(&Op::RemovePod))
+                    // It goes with a shim that was shut down.
+                    && !services.shims.pod_bundle(&self.pod.id).shim_state().exists();
                 if !ending && matches!(*self.link.borrow(), Link::Up(_)) {
                     self.link.send_replace(Link::Pending);
                     self.reach();
@@ -736,9 +746,16 @@ impl Owner {
                     self.early.remove(&id);
                 }
             }
-            Op::StopPod => self.stopping = false,
-            Op::RemovePod
-            | Op::Remove(_)
+            Op::StopPod | Op::RemovePod => {
+                self.stopping &= *op != Op::StopPod;
+                // What went during it was not looked into, for that might have been its end.
+                let lost = matches!(&*self.link.borrow(), Link::Up(client) if client.is_closed());
+                if lost {
+                    self.link.send_replace(Link::Pending);
+                    self.reach();
+                }
+            }
+            Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
             | Op::Checkpoint(_)
@@ -753,6 +770,7 @@ impl Owner {
 
     fn forget(&mut self) {
         self.gone = true;
+        self.pods.services.shims.let_go(&self.pod.id);
         let last = self.view.borrow().clone();
         for id in last.containers.keys() {
             self.pods.services.events.send(id.clone(), Kind::Deleted, last.clone());
@@ -762,10 +780,11 @@ impl Owner {
     }
 
     fn connected(&mut self, client: Client) {
-        let watched = client.clone();
+        let (watched, shims) = (client.clone(), self.pods.services.shims.clone());
+        let id = self.pod.id.clone();
         self.link.send_replace(Link::Up(client));
         self.spawn(Op::Watch, async move {
-            watched.closed().await;
+            shims.hold(&id, &watched).await;
             Ok(Effect::Closed)
         });
         let Some(handler) = &self.record.foreign else { return };

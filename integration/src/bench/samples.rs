@@ -20,6 +20,8 @@ enum Against {
     Zero,
     /// The median above the floor's.
     Floor,
+    /// The median as a part of containerd's; nothing where that is not measured.
+    Peer,
 }
 
 /// A limit of the median.
@@ -52,8 +54,30 @@ pub const REMOVE: &str = "RemoveContainer";
 pub const LIST: &str = "ListContainers, 500";
 /// The same on a smaller load, which no bar is about.
 pub const LIST_QUICK: &str = "ListContainers, 100";
-/// Ten layers of 16 MiB, gzip.
-pub const PULL: &str = "PullImage, 10 layers";
+/// Ten layers, 1 GiB when unpacked, two thirds in large files.
+pub const PULL_TEN: &str = "Pull 10 layers, gzip";
+/// The same, zstd.
+pub const PULL_TEN_ZSTD: &str = "Pull 10 layers, zstd";
+/// One such layer of 500 MiB when unpacked.
+pub const PULL_ONE: &str = "Pull 1 layer, gzip";
+/// The same, zstd.
+pub const PULL_ONE_ZSTD: &str = "Pull 1 layer, zstd";
+/// Forty layers of half a MiB.
+pub const PULL_40: &str = "Pull 40 layers, gzip";
+/// The same, zstd.
+pub const PULL_40_ZSTD: &str = "Pull 40 layers, zstd";
+/// Bytes that the daemon wrote for each byte of the layers' archives, in each of those pulls.
+pub const PULL_WRITTEN: &str = "Pull, written per byte";
+/// Growth of the daemon's resident memory to its peak during each of those pulls.
+pub const PULL_MEMORY: &str = "Pull, peak of memory";
+/// Ten PullImage at once for an image that is missing, as a part of one such pull.
+pub const PULL_TEN_AT_ONCE: &str = "Ten pulls at once";
+/// How often the layer of it was downloaded.
+pub const PULL_FETCHED: &str = "Ten pulls, downloads";
+/// Layers that were downloaded of an image that shares nine of ten.
+pub const PULL_SHARED: &str = "Pull, 9 of 10 here";
+/// An image that is here and up to date.
+pub const PULL_UP_TO_DATE: &str = "Pull, up to date";
 /// The daemon's CPU time for an event and what it tells of, without subscribers.
 pub const EVENT: &str = "CPU per event";
 /// The same with ten subscribers.
@@ -66,7 +90,7 @@ pub const SHIM: &str = "Shim PSS per pod";
 pub const POD_MEMORY: &str = "Shim + daemon per pod";
 
 /// In the order of the table, with their units.
-const METRICS: [(&str, &str); 17] = [
+const METRICS: [(&str, &str); 28] = [
     (RUN_POD, "ms"),
     (STOP_POD, "ms"),
     (REMOVE_POD, "ms"),
@@ -78,7 +102,18 @@ const METRICS: [(&str, &str); 17] = [
     (REMOVE, "ms"),
     (LIST, "ms"),
     (LIST_QUICK, "ms"),
-    (PULL, "ms"),
+    (PULL_TEN, "ms"),
+    (PULL_ONE, "ms"),
+    (PULL_40, "ms"),
+    (PULL_TEN_ZSTD, "ms"),
+    (PULL_ONE_ZSTD, "ms"),
+    (PULL_40_ZSTD, "ms"),
+    (PULL_WRITTEN, "B/B"),
+    (PULL_MEMORY, "MiB"),
+    (PULL_TEN_AT_ONCE, "1"),
+    (PULL_FETCHED, ""),
+    (PULL_SHARED, ""),
+    (PULL_UP_TO_DATE, "ms"),
     (EVENT, "µs"),
     (EVENT_TEN, "µs"),
     (RESTART, "ms"),
@@ -86,12 +121,24 @@ const METRICS: [(&str, &str); 17] = [
     (POD_MEMORY, "KiB"),
 ];
 
-const BARS: [Bar; 8] = [
+const BARS: [Bar; 20] = [
     Bar { metric: RUN_POD, against: Against::Floor, limit: 10.0 },
     Bar { metric: CREATE_START, against: Against::Floor, limit: 6.0 },
     Bar { metric: STOP, against: Against::Zero, limit: 15.0 },
     Bar { metric: EXEC, against: Against::Floor, limit: 3.0 },
     Bar { metric: LIST, against: Against::Zero, limit: 3.0 },
+    Bar { metric: PULL_TEN, against: Against::Peer, limit: 0.5 },
+    Bar { metric: PULL_ONE, against: Against::Peer, limit: 0.7 },
+    Bar { metric: PULL_40, against: Against::Peer, limit: 0.4 },
+    Bar { metric: PULL_TEN_ZSTD, against: Against::Peer, limit: 0.5 },
+    Bar { metric: PULL_ONE_ZSTD, against: Against::Peer, limit: 0.7 },
+    Bar { metric: PULL_40_ZSTD, against: Against::Peer, limit: 0.4 },
+    Bar { metric: PULL_WRITTEN, against: Against::Zero, limit: 1.1 },
+    Bar { metric: PULL_MEMORY, against: Against::Zero, limit: 120.0 },
+    Bar { metric: PULL_TEN_AT_ONCE, against: Against::Zero, limit: 1.1 },
+    Bar { metric: PULL_FETCHED, against: Against::Zero, limit: 1.0 },
+    Bar { metric: PULL_SHARED, against: Against::Zero, limit: 1.0 },
+    Bar { metric: PULL_UP_TO_DATE, against: Against::Zero, limit: 20.0 },
     Bar { metric: RESTART, against: Against::Zero, limit: 150.0 },
     Bar { metric: SHIM, against: Against::Zero, limit: 450.0 },
     Bar { metric: POD_MEMORY, against: Against::Zero, limit: 650.0 },
@@ -131,7 +178,7 @@ impl Samples {
             }
             let cell =
                 |column| match (self.median(metric, column), self.percentile(metric, column, 90)) {
-                    (Some(median), Some(high)) => format!("{median:.1} ({high:.1})"),
+                    (Some(median), Some(high)) => format!("{} ({})", short(median), short(high)),
                     _ => "-".into(),
                 };
             let ratio = match (self.median(metric, HOLDFAST), self.median(metric, CONTAINERD)) {
@@ -159,10 +206,17 @@ impl Samples {
             match bar.against {
                 Against::Zero => Some(median),
                 Against::Floor => Some(median - self.median(bar.metric, FLOOR)?),
+                Against::Peer => Some(median / self.median(bar.metric, CONTAINERD)?),
             }
         };
         BARS.into_iter()
-            .filter_map(|bar| Some((bar, seen(bar, HOLDFAST)?, seen(bar, CONTAINERD))))
+            .filter_map(|bar| {
+                let other = match bar.against {
+                    Against::Peer => None,
+                    _ => seen(bar, CONTAINERD),
+                };
+                Some((bar, seen(bar, HOLDFAST)?, other))
+            })
             .collect()
     }
 
@@ -173,12 +227,13 @@ impl Samples {
             let over = match bar.against {
                 Against::Zero => "",
                 Against::Floor => " above the floor",
+                Against::Peer => " of containerd's",
             };
             let verdict = if seen <= bar.limit { "met" } else { "NOT MET" };
-            let other = other.map_or(String::new(), |value| format!(" (containerd {value:.1})"));
+            let other = other.map_or(String::new(), |value| format!(" (containerd {value:.2})"));
             let _ = writeln!(
                 text,
-                "{:<22} {seen:>8.1}{over} <= {}: {verdict}{other}",
+                "{:<22} {seen:>8.2}{over} <= {}: {verdict}{other}",
                 bar.metric, bar.limit
             );
         }
@@ -210,6 +265,7 @@ impl Samples {
                 json!({
                     "name": bar.metric,
                     "above_floor": matches!(bar.against, Against::Floor),
+                    "of_containerd": matches!(bar.against, Against::Peer),
                     "limit": bar.limit,
                     "holdfast": seen,
                     "containerd": other,
@@ -219,6 +275,11 @@ impl Samples {
             .collect();
         json!({"metrics": metrics, "bars": bars})
     }
+}
+
+/// With as many digits as there are worth showing.
+fn short(value: f64) -> String {
+    if value < 10.0 { format!("{value:.2}") } else { format!("{value:.1}") }
 }
 
 #[cfg(test)]
@@ -252,5 +313,18 @@ mod tests {
         }
         assert_eq!(samples.json()["bars"][0]["met"], false);
         assert!(samples.bars().contains("NOT MET"), "{}", samples.bars());
+    }
+
+    #[test]
+    fn a_bar_may_be_a_part_of_what_the_other_takes() {
+        let mut samples = Samples::default();
+        samples.add(PULL_TEN, HOLDFAST, 45.0);
+        // Not measured: nothing is said.
+        assert!(samples.bars().is_empty());
+        samples.add(PULL_TEN, CONTAINERD, 100.0);
+        assert!(samples.bars().contains("0.45 of containerd's <= 0.5: met"), "{}", samples.bars());
+        samples.add(PULL_40, HOLDFAST, 45.0);
+        samples.add(PULL_40, CONTAINERD, 100.0);
+        assert!(samples.bars().contains("0.45 of containerd's <= 0.4: NOT"), "{}", samples.bars());
     }
 }

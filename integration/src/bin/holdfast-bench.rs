@@ -7,18 +7,19 @@
 //!   --quick        fewer rounds, a list of 100 containers
 //!   --rounds N     rounds of the lifecycle section (default 20, with --quick 4)
 //!   --only NAME    memory, restart, lifecycle, list, pull or events; may be repeated
+//!   --image NAME   ten, one, forty, ten-zstd, one-zstd, forty-zstd, many or shared: what the pull
+//!                  section pulls; may be repeated
 //!   --no-peer      leaves containerd out
 //! ```
 
 use std::{env, fs, path::PathBuf, process::ExitCode};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use holdfast_integration::bench::{self, Plan, Section, samples::Samples};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
-const USAGE: &str =
-    "usage: holdfast-bench [--json FILE] [--quick] [--rounds N] [--only NAME]... [--no-peer]";
+const USAGE: &str = "usage: holdfast-bench [--json FILE] [--quick] [--rounds N] [--only NAME]... [--image NAME]... [--no-peer]";
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -61,7 +62,8 @@ async fn run(args: Vec<String>) -> Result<()> {
 }
 
 fn parse(args: Vec<String>) -> Result<(Plan, Option<PathBuf>)> {
-    let mut plan = Plan { quick: false, rounds: 0, sections: Vec::new(), peer: true };
+    let mut plan =
+        Plan { quick: false, rounds: 0, sections: Vec::new(), peer: true, images: Vec::new() };
     let mut json_file = None;
     let mut args = args.into_iter();
     while let Some(word) = args.next() {
@@ -69,6 +71,12 @@ fn parse(args: Vec<String>) -> Result<(Plan, Option<PathBuf>)> {
         match word.as_str() {
             "--json" => json_file = Some(value()?.into()),
             "--quick" => plan.quick = true,
+            "--image" => {
+                let name = value()?;
+                let known = bench::PULLED.contains(&name.as_str());
+                ensure!(known, "--image {name}: there are {}", bench::PULLED.join(", "));
+                plan.images.push(name);
+            }
             "--no-peer" => plan.peer = false,
             "--rounds" => plan.rounds = value()?.parse().context("--rounds takes a number")?,
             "--only" => {
