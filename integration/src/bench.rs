@@ -10,6 +10,7 @@ pub mod floor;
 pub mod peer;
 mod pull;
 pub mod samples;
+mod watch;
 
 use std::{
     fs,
@@ -68,6 +69,8 @@ pub enum Section {
     Lifecycle,
     /// Lists with many containers.
     List,
+    /// Lists, statuses, statistics and metrics with many running containers.
+    Watch,
     /// Pull of an image.
     Pull,
     /// Subscribers of events.
@@ -76,8 +79,15 @@ pub enum Section {
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 6] =
-        [Self::Memory, Self::Restart, Self::Lifecycle, Self::List, Self::Pull, Self::Events];
+    pub const ALL: [Self; 7] = [
+        Self::Memory,
+        Self::Restart,
+        Self::Lifecycle,
+        Self::List,
+        Self::Watch,
+        Self::Pull,
+        Self::Events,
+    ];
 
     /// As `--only` takes it.
     pub fn name(self) -> &'static str {
@@ -86,6 +96,7 @@ impl Section {
             Self::Restart => "restart",
             Self::Lifecycle => "lifecycle",
             Self::List => "list",
+            Self::Watch => "watch",
             Self::Pull => "pull",
             Self::Events => "events",
         }
@@ -189,6 +200,9 @@ async fn sections(
     if wants(Section::List) {
         list(plan, samples, sides).await?;
     }
+    if wants(Section::Watch) {
+        watch::watch(plan, samples, sides).await?;
+    }
     if wants(Section::Pull) {
         pull::run(plan, samples, sides, registry).await?;
     }
@@ -202,7 +216,7 @@ async fn list(plan: &Plan, samples: &mut Samples, sides: &mut [Side]) -> Result<
     let (metric, pods, each) = if plan.quick { (LIST_QUICK, 5, 20) } else { (LIST, 10, 50) };
     for side in sides.iter_mut() {
         progress(format!("{} containers for {}", pods * each, side.column));
-        side.fill(pods, each).await?;
+        side.fill(pods, each, &["/bin/true"]).await?;
     }
     for _ in 0..if plan.quick { 10 } else { 40 } {
         for side in sides.iter_mut() {
@@ -457,13 +471,13 @@ impl Side {
     }
 
     /// Pods with containers that were created and not started.
-    async fn fill(&mut self, pods: usize, each: usize) -> Result<()> {
+    async fn fill(&mut self, pods: usize, each: usize, argv: &[&str]) -> Result<()> {
         for _ in 0..pods {
             let (pod, config) = self.run_pod().await?;
             let requests: Vec<_> = (0..each)
                 .map(|number| {
                     let name = format!("c{number}");
-                    self.container_request(&pod, config.as_ref(), &name, &["/bin/true"])
+                    self.container_request(&pod, config.as_ref(), &name, argv)
                 })
                 .collect();
             stream::iter(requests)

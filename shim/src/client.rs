@@ -690,6 +690,16 @@ pub struct Client {
     gone: watch::Receiver<()>,
     deadline: Duration,
     version2: Arc<AtomicBool>,
+    observer: Option<&'static Observer>,
+}
+
+/// Who watches calls.
+#[derive(Debug)]
+pub struct Observer {
+    /// What a call takes along as ttrpc metadata, asked when it begins.
+    pub metadata: fn() -> Vec<(String, String)>,
+    /// A call has ended: its name, how long it took, and what went wrong. Waits are not told.
+    pub ended: fn(&'static str, Duration, Option<ErrorKind>),
 }
 
 impl std::fmt::Debug for Client {
@@ -701,6 +711,13 @@ impl std::fmt::Debug for Client {
 type Called<T> = Result<T, Error>;
 
 impl Client {
+    /// Tells `observer` of every call.
+    #[must_use]
+    pub fn with_observer(mut self, observer: &'static Observer) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
     /// Connects; a shim that is just starting is waited for, up to `deadline`.
     ///
     /// # Errors
@@ -718,6 +735,7 @@ impl Client {
             gone,
             deadline: Duration::from_secs(60),
             version2: Arc::new(AtomicBool::new(endpoint.version < 3)),
+            observer: None,
         })
     }
 
@@ -1119,6 +1137,23 @@ impl Client {
         request: &impl Message,
         deadline: Option<Duration>,
     ) -> Called<R> {
+        let started = tokio::time::Instant::now();
+        let result = self.call_unobserved(call, service, method, request, deadline).await;
+        // What has no deadline is a wait: how long it takes says nothing of the shim.
+        if let Some(observer) = self.observer.filter(|_| deadline.is_some()) {
+            (observer.ended)(call, started.elapsed(), result.as_ref().err().map(Error::kind));
+        }
+        result
+    }
+
+    async fn call_unobserved<R: Message>(
+        &self,
+        call: &'static str,
+        service: &str,
+        method: &str,
+        request: &impl Message,
+        deadline: Option<Duration>,
+    ) -> Called<R> {
         let other = |message: String| Error::Refused { call, kind: ErrorKind::Other, message };
         let mut envelope = ttrpc::Request::new();
         envelope.service = service.to_owned();
@@ -1128,6 +1163,12 @@ impl Client {
         envelope.timeout_nano = deadline
             .map(|deadline| deadline.saturating_add(Duration::from_secs(1)).as_nanos())
             .map_or(0, |nanos| i64::try_from(nanos).unwrap_or(i64::MAX));
+        if let Some(observer) = self.observer {
+            envelope.metadata = (observer.metadata)()
+                .into_iter()
+                .map(|(key, value)| ttrpc::proto::KeyValue { key, value, ..Default::default() })
+                .collect();
+        }
         envelope.payload = request.write_to_bytes().map_err(|e| other(e.to_string()))?;
         let expired = async {
             match deadline {

@@ -1495,9 +1495,9 @@ async fn a_shutdown_ends_pulls_and_leaves_nothing() {
 }
 
 /// Debian's docker-registry on a free port of loopback. Killed by its pid when dropped.
-struct DockerRegistry {
+pub(super) struct DockerRegistry {
     child: Child,
-    address: std::net::SocketAddr,
+    pub(super) address: std::net::SocketAddr,
     _dir: tempfile::TempDir,
 }
 
@@ -1509,7 +1509,7 @@ impl Drop for DockerRegistry {
 }
 
 impl DockerRegistry {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let config = dir.path().join("config.yml");

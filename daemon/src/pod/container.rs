@@ -14,12 +14,15 @@ use holdfast_shim::{
     client::{Client, CreateTask, ErrorKind, TaskStatus},
     options,
 };
+use oci_spec::runtime::Spec;
 use tracing::warn;
 
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, foreign, io_at, readback, recover,
+    extras, foreign, io_at,
+    nri::{self, Change as Limits},
+    readback, recover,
     restore::{self, Restore},
     run::{remove_dir, unmount},
     state::{Change, ContainerState, Exit},
@@ -30,7 +33,7 @@ use crate::{
     config::CgroupDriver,
     error::chain,
     id::ContainerId,
-    image::{Image, Owners},
+    image::{Image, Mounted, Owners},
     shims::private_dir,
     spec::{self, NamespacePaths, PidNamespace, PodFiles},
     store::pods::{ContainerRecord, PodRecord},
@@ -79,6 +82,7 @@ pub(super) async fn create(
         created_at: SystemTime::now(),
         state: ContainerState::Creating,
         config,
+        asked_resources: None,
     };
     services.store.put_container(&record).await?;
     let client = pod.client().await?;
@@ -96,9 +100,11 @@ pub(super) async fn create(
             if let Ok(state) = record.state.clone().apply(Change::Created { pid }) {
                 record.state = state;
             }
+            nri::post_create(&services, &view.record, &record).await;
             Ok(Effect::Created(Box::new(record)))
         }
         Err(error) => {
+            nri::undo_create(&services, &view.record, &record).await;
             let client = match lost_shim(&error) {
                 false => Some(client),
                 true => {
@@ -150,12 +156,18 @@ async fn make(
     let at = bundle.clone();
     let checkpoint = restore.as_ref().map(|restore| (restore.images(), restore.work()));
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
-    let user = tokio::task::spawn_blocking(move || {
+    let prepared = tokio::task::spawn_blocking(move || {
         prepare(&shared, &pod, draft, &image, &snapshot, &held, &namespaces, &at, restore)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
-    record.user = user;
+    record.user = prepared.user;
+    let json = nri::create(services, &view.record, record, prepared.spec).await?;
+    let (draft, at) = (record.clone(), bundle.clone());
+    let (mounted, made_dirs) = (prepared.mounted, prepared.made_dirs);
+    tokio::task::spawn_blocking(move || fill(&draft, &at, &json, mounted, made_dirs))
+        .await
+        .unwrap_or(Err(Error::Panicked))?;
 
     if let Some(handler) = &view.record.foreign {
         let created = foreign::create(services, &view.record, handler, record, &bundle).await;
@@ -195,6 +207,14 @@ async fn make(
     Ok((pid != 0).then_some(pid))
 }
 
+/// A container but for its bundle.
+struct Prepared {
+    user: User,
+    spec: Spec,
+    mounted: Mounted,
+    made_dirs: MadeDirs,
+}
+
 #[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
 /// Root file system, account, OCI spec: all that the runtime is given.
 fn prepare(
@@ -207,7 +227,7 @@ fn prepare(
     namespaces: &NamespacePaths,
     bundle: &Bundle,
     restore: Option<Restore>,
-) -> Result<User, Error> {
+) -> Result<Prepared, Error> {
     let name = &record.config.name;
     let image_error = |source| Error::Image { name: name.clone(), source };
     let spec_error = |source| Error::Spec { name: name.clone(), source };
@@ -303,17 +323,27 @@ fn prepare(
             restore.fill_shm(shm)?;
         }
     }
+    Ok(Prepared { user, spec, mounted, made_dirs })
+}
 
+/// Its bundle: the spec, and the root file system in its place.
+fn fill(
+    record: &ContainerRecord,
+    bundle: &Bundle,
+    json: &[u8],
+    mounted: Mounted,
+    made_dirs: MadeDirs,
+) -> Result<(), Error> {
     let rootfs = bundle.rootfs();
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
-    let json = serde_json::to_vec(&spec).expect("a spec serialises");
     std::fs::write(bundle.config(), json).map_err(io_at("write", &bundle.config()))?;
     if let Some(dir) = record.log.parent().filter(|d| !d.as_os_str().is_empty()) {
         std::fs::create_dir_all(dir).map_err(io_at("make log directory", dir))?;
     }
+    let image_error = |source| Error::Image { name: record.config.name.clone(), source };
     mounted.attach(&rootfs).map_err(image_error)?;
     made_dirs.keep();
-    Ok(user)
+    Ok(())
 }
 
 /// Directories that were made on the node for a container; removed again if it is not made.
@@ -386,6 +416,7 @@ pub(super) async fn start(
 ) -> Result<Effect, Error> {
     let mut client = foreign::tasks(&services, &pod, &id).await?;
     let restored = restore::waits(&services, &id);
+    nri::start(&services, &pod, &id).await?;
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
     let pid = loop {
@@ -599,6 +630,7 @@ pub(super) async fn remove(
 ) -> Result<Effect, Error> {
     let container = pod.container(&id)?;
     stop(&services, pod.clone(), id.clone(), Duration::ZERO).await?;
+    nri::remove(&services, &pod, &id).await;
     take_away(&services, shim_of(&pod).as_ref(), &container.record).await?;
     Ok(Effect::Removed(id))
 }
@@ -653,6 +685,7 @@ pub(super) async fn discard(
     pod: Pod,
     record: ContainerRecord,
 ) -> Result<Effect, Error> {
+    nri::undo_create(&services, &pod.view().record, &record).await;
     let client = pod.client().await.ok();
     if client.is_none() {
         let bundle = services.shims.container_bundle(&record.id);
@@ -688,22 +721,23 @@ pub(super) async fn update(
     services: Arc<Services>,
     pod: Pod,
     record: ContainerRecord,
-    resources: Box<Resources>,
+    change: Box<Limits>,
 ) -> Result<Effect, Error> {
     let id = record.id;
-    let mut merged = record.config.resources.merged(*resources);
+    let Limits { resources, more } = *change;
+    let mut merged = record.config.resources.merged(resources);
     if !record.state.is_exited() {
         let client = foreign::tasks(&services, &pod, &id).await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
-        let json = serde_json::to_vec(&linux).expect("resources serialise");
+        let json = Limits::json(more.as_deref(), &linux);
         let mut updated = client.update(id.as_str(), json).await;
         // crun 1.8 cannot take a quota away on cgroup v1: it writes -1 as an unsigned number.
         if updated.is_err() && merged.cpu_quota == -1 && remove_quota(record.state.pid()).await {
             let rest = Resources { cpu_quota: 0, ..merged.clone() };
             let linux = spec::update(&rest, &services.node)
                 .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
-            let json = serde_json::to_vec(&linux).expect("resources serialise");
+            let json = Limits::json(more.as_deref(), &linux);
             updated = client.update(id.as_str(), json).await;
         }
         updated.map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;
