@@ -151,7 +151,8 @@ impl Op {
             Op::Remove(_) => Some("remove container"),
             Op::Update(_) => Some("update container"),
             Op::UpdatePod => Some("update pod"),
-            Op::Ends(_) | Op::Reap(_) | Op::Discard(_) | Op::Link | Op::Watch => None,
+            Op::Checkpoint(_) => Some("checkpoint"),
+            Op::Mend | Op::Ends(_) | Op::Reap(_) | Op::Discard(_) | Op::Link | Op::Watch => None,
         }
     }
 
