@@ -52,7 +52,7 @@ TEST_BIN   := $(TARGET_DIR)/test-bin
 # a registry, the content of test images, and other shims and runtimes to test against. No service of
 # theirs is started.
 PACKAGES   := runc crun containernetworking-plugins iproute2 iptables nftables docker-registry \
-              busybox-static python3 ca-certificates gcc libc6-dev containerd runsc
+              busybox-static e2fsprogs python3 ca-certificates gcc libc6-dev containerd runsc
 
 ##@ Building
 .PHONY: build
@@ -123,6 +123,10 @@ test: root deps lint test-bins ## everything: lints, unit tests and the tests wi
 	else \
 	  $(CARGO) test --locked --workspace --no-fail-fast $(TEST_FEATURES) $(if $(TESTS),-- $(TESTS)); \
 	fi
+
+.PHONY: power-cuts
+power-cuts: root deps ## cuts the power 200 times while images are pulled (root); CUTS=n for another number
+	@$(give_back); HOLDFAST_POWER_CUTS=$(or $(CUTS),200) $(CARGO) test --locked -p holdfast-integration --test power -- --nocapture
 
 .PHONY: bench
 bench: root deps build ## measures against the bare runtimes, and containerd where it is installed (root)

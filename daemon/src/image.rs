@@ -25,6 +25,7 @@ pub mod commit;
 mod connect;
 pub mod diff;
 pub mod erofs;
+mod fit;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;

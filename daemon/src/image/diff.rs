@@ -20,7 +20,7 @@ use rustix::{
 };
 
 use super::{
-    Error, ImageVolume, Mounted, Snapshot, layers, stream, tree,
+    Error, ImageVolume, Mounted, Snapshot, fit, stream, tree,
     unpack::{self, Unpacked},
 };
 use crate::{id::ContainerId, pod::config::IdMapping};
@@ -82,7 +82,8 @@ impl Snapshot {
             unpack::unpack(BufReader::new(source), root.as_fd(), None)
                 .map_err(|error| failed(io::Error::other(crate::error::chain(&error))))?;
         if let Some(layers) = &self.layers {
-            layers::fit_directory(root, &implied, layers).map_err(failed)?;
+            fit::fit(&mut fit::Directory { root, kept: &mut None }, &implied, layers)
+                .map_err(failed)?;
         }
         Ok(())
     }
