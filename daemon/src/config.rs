@@ -220,6 +220,16 @@ pub enum Sandboxing {
     None,
 }
 
+impl Sandboxing {
+    /// As in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Sandboxing::Container => "container",
+            Sandboxing::None => "none",
+        }
+    }
+}
+
 /// Who makes a container's cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CgroupDriver {
@@ -950,8 +960,7 @@ fn raw_of(config: &Config) -> RawConfig {
                             path: foreign.path.as_deref().map(text),
                             shim: Some(text(&foreign.shim)),
                             options: foreign.options.as_deref().map(text),
-                            sandbox: (foreign.sandbox == Sandboxing::None)
-                                .then(|| "none".to_owned()),
+                            sandbox: Some(foreign.sandbox.name().to_owned()),
                             privileged_without_host_devices: foreign
                                 .privileged_without_host_devices
                                 .then_some(true),

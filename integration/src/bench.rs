@@ -10,6 +10,7 @@ pub mod floor;
 pub mod peer;
 mod pull;
 pub mod samples;
+pub mod shim;
 mod watch;
 
 use std::{
@@ -75,11 +76,14 @@ pub enum Section {
     Pull,
     /// Subscribers of events.
     Events,
+    /// The shims alone, and ours under containerd.
+    Shim,
 }
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
+        Self::Shim,
         Self::Memory,
         Self::Restart,
         Self::Lifecycle,
@@ -99,6 +103,7 @@ impl Section {
             Self::Watch => "watch",
             Self::Pull => "pull",
             Self::Events => "events",
+            Self::Shim => "shim",
         }
     }
 }
@@ -129,6 +134,29 @@ pub async fn run(plan: &Plan, samples: &mut Samples, facts: &mut Vec<String>) ->
     let image = registry.push("bench/busybox:1", &busybox).await?;
     let pause_image = Image::busybox()?.cmd(["/bin/sleep", "2147483647"]).build()?;
     let pause = registry.push("bench/pause:1", &pause_image).await?;
+
+    if plan.sections.contains(&Section::Shim) {
+        let ours = crate::binaries::binaries()?.shim;
+        shim::measure(&ours, &runc, plan.rounds, samples).await?;
+        if let Some(binary) = if plan.peer { peer::find()? } else { None } {
+            for (column, with) in [(HOLDFAST, Some(ours.as_path())), (CONTAINERD, None)] {
+                progress(format!("{column}'s shim under containerd"));
+                let peer =
+                    Containerd::start_with(&binary, &runc, registry.host(), &pause, with).await?;
+                for reference in [&image, &pause] {
+                    let request = api::PullImageRequest {
+                        image: Some(image_spec(reference)),
+                        ..Default::default()
+                    };
+                    peer.cri().images().pull_image(request).await?;
+                }
+                shim::under_containerd(column, &peer, &image, samples).await?;
+            }
+        }
+        if plan.sections == [Section::Shim] {
+            return Ok(());
+        }
+    }
 
     let mut sides = Vec::new();
     // The harness asks for debug lines; what is shipped logs at "info".

@@ -46,6 +46,7 @@ macro_rules! with_each_runtime {
 
 pub mod bench;
 pub mod binaries;
+pub mod conformance;
 pub mod cri;
 pub mod fake;
 pub mod ground;
@@ -59,6 +60,7 @@ pub mod pod;
 pub mod proxy;
 pub mod registry;
 pub mod tar;
+pub mod testshim;
 pub mod wait;
 
 pub use image::Image;

@@ -542,7 +542,7 @@ async fn a_containers_changes_become_an_image_that_looks_like_it() {
     rustix::fs::setxattr(at(&long), "user.note", b"a\0b", flags).unwrap();
     let made = std::process::Command::new("mkfifo").arg(at("data/fifo")).status().unwrap();
     assert!(made.success());
-    let _socket = std::os::unix::net::UnixListener::bind(at("data/socket")).unwrap();
+    let socket = std::os::unix::net::UnixListener::bind(at("data/socket")).unwrap();
 
     let notes = commit::Notes { author: "Me".into(), comment: "why".into() };
     let commit = async |name: &str| {
@@ -557,6 +557,8 @@ async fn a_containers_changes_become_an_image_that_looks_like_it() {
     assert!(config.contains("holdfast commit") && config.contains("\"why\""), "{config}");
 
     std::fs::remove_file(at("data/socket")).unwrap();
+    // It would keep the mount busy.
+    drop(socket);
     let other = ContainerId::random();
     let copy = node.images.create_snapshot(&other, &made).await.unwrap();
     let second = node.dir.path().join("second");

@@ -314,6 +314,7 @@ fn prepare(
     };
     let mut spec = spec::generate(&input).map_err(spec_error)?;
     extras::amend(services, pod, &record.config, &facts, &mut spec)?;
+    foreign::apart(pod, &mut spec);
     // Ours, whatever the request says: criu would do what the file says, as root of the node.
     let criu_config = (options::CRIU_CONFIG.to_owned(), bundle.criu_config().display().to_string());
     spec.annotations_mut().get_or_insert_default().extend([criu_config]);

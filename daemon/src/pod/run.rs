@@ -292,15 +292,15 @@ async fn tear_down(
 ) -> Result<(), Error> {
     let id = &record.id;
     let bundle = services.shims.pod_bundle(id);
+    let client = match client {
+        Some(client) => Some(client),
+        None => live_shim(services, record).await,
+    };
     foreign::tear_down(services, record).await?;
     // While the namespace is still there: plugins look into it.
     let detached = services.network.detach(id).await;
     detached.map_err(|source| Error::Network { id: id.clone(), source })?;
 
-    let client = match client {
-        Some(client) => Some(client),
-        None => live_shim(services, record).await,
-    };
     let shim = |what| move |source| Error::Shim { what, id: id.clone(), source };
     if let Some(client) = client {
         let mut died = false;

@@ -104,6 +104,19 @@ pub const SHIM: &str = "Shim PSS per pod";
 /// That and what the daemon grew by.
 pub const POD_MEMORY: &str = "Shim + daemon per pod";
 
+/// The shim alone: from the exec of `start` to the answer to Connect.
+pub const SHIM_START: &str = "shim: start to Connect";
+/// The shim alone; the floor is bare runc on the same bundle.
+pub const SHIM_CREATE_START: &str = "shim: Create + Start";
+/// The shim alone, from Exec to the answer to Wait; the floor is bare runc.
+pub const SHIM_EXEC: &str = "shim: exec";
+/// PSS of one shim alone, with an idle container.
+pub const SHIM_IDLE: &str = "shim: PSS alone";
+/// PSS of a shim under containerd, with a pause and an idle container; `containerd` is its own shim.
+pub const SHIM_UNDER_PEER: &str = "shim: under containerd";
+/// Size of the binary.
+pub const SHIM_BINARY: &str = "shim: binary";
+
 /// In the order of the table, with their units.
 const METRICS: &[(&str, &str)] = &[
     (RUN_POD, "ms"),
@@ -144,9 +157,15 @@ const METRICS: &[(&str, &str)] = &[
     (RESTART, "ms"),
     (SHIM, "KiB"),
     (POD_MEMORY, "KiB"),
+    (SHIM_START, "ms"),
+    (SHIM_CREATE_START, "ms"),
+    (SHIM_EXEC, "ms"),
+    (SHIM_IDLE, "KiB"),
+    (SHIM_UNDER_PEER, "KiB"),
+    (SHIM_BINARY, "KiB"),
 ];
 
-const BARS: [Bar; 20] = [
+const BARS: [Bar; 23] = [
     Bar { metric: RUN_POD, against: Against::Floor, limit: 10.0 },
     Bar { metric: CREATE_START, against: Against::Floor, limit: 6.0 },
     Bar { metric: STOP, against: Against::Zero, limit: 15.0 },
@@ -167,6 +186,9 @@ const BARS: [Bar; 20] = [
     Bar { metric: RESTART, against: Against::Zero, limit: 150.0 },
     Bar { metric: SHIM, against: Against::Zero, limit: 450.0 },
     Bar { metric: POD_MEMORY, against: Against::Zero, limit: 650.0 },
+    Bar { metric: SHIM_START, against: Against::Zero, limit: 8.0 },
+    Bar { metric: SHIM_CREATE_START, against: Against::Floor, limit: 3.0 },
+    Bar { metric: SHIM_UNDER_PEER, against: Against::Zero, limit: 450.0 },
 ];
 
 /// All figures of a run.
