@@ -8,6 +8,7 @@
 
 mod args;
 mod attach;
+mod checkpoint;
 mod client;
 mod detach;
 mod exec;
@@ -118,6 +119,7 @@ async fn dispatch(args: Args) -> Result<u8> {
                 Command::Attach(a) => attach::attach(client, a).await,
                 Command::PortForward(a) => forward::port_forward(client, a).await,
                 Command::Logs(a) => logs::logs(client, a).await,
+                Command::Checkpoint(a) => checkpoint::checkpoint(client, a).await,
                 Command::Stop(a) => remove::stop(client, a).await,
                 Command::Rm(a) => remove::remove(client, a).await,
                 Command::Inspect(a) => inspect::inspect(client, a).await,

@@ -246,7 +246,7 @@ fn process(view: &ContainerView) -> Process {
     match &record.state {
         ContainerState::Creating => {}
         ContainerState::Created { pid } => {
-            (process.pid, process.status) = (*pid, State::Created as i32);
+            (process.pid, process.status) = (pid.unwrap_or_default(), State::Created as i32);
         }
         ContainerState::Running { pid, .. } => {
             (process.pid, process.status) = (*pid, State::Running as i32);

@@ -23,6 +23,7 @@ pub mod archive;
 pub mod authfile;
 pub mod commit;
 mod connect;
+pub mod diff;
 pub mod erofs;
 mod fit;
 pub mod hosts;
@@ -771,6 +772,11 @@ impl Images {
                 .spawn(async move { shared.snapshots.hold(&id, mount, &image, layers).await }),
         )
         .await?
+    }
+
+    /// An image's files, to be looked at now: its layers stay for as long as what is returned.
+    pub fn view(&self, image: &Image) -> ImageVolume {
+        self.shared.snapshots.view(image.layers.clone())
     }
 
     /// Removes the root file system of a container, which must be unmounted, and lets go of its

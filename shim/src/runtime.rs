@@ -20,6 +20,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use crate::{
     bundle::Exit,
@@ -104,6 +105,8 @@ pub(crate) enum Error {
     Spawn { binary: PathBuf, source: io::Error },
     #[error("{binary} {verb}: not done within {deadline:?}; it was killed")]
     Deadline { binary: String, verb: &'static str, deadline: Duration },
+    #[error("{binary} {verb}: given up, as the container is to run on")]
+    GivenUp { binary: String, verb: &'static str },
     #[error("{binary} {verb}: {message}")]
     Refused { binary: String, verb: &'static str, reason: Reason, message: String },
     #[error("{binary} {verb}")]
@@ -162,7 +165,7 @@ pub(crate) struct Checkpoint {
 type Called<T> = Result<T, Error>;
 
 impl Runtime {
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         self.binary.file_name().unwrap_or(self.binary.as_os_str()).to_string_lossy().into_owned()
     }
 
@@ -326,11 +329,15 @@ impl Runtime {
         })
     }
 
+    /// Writes the images of a container's processes: all of its memory, so it has a deadline of its
+    /// own.
     pub(crate) async fn checkpoint(
         &self,
         reaper: &Arc<Reaper>,
         id: &str,
         how: &Checkpoint,
+        deadline: Duration,
+        give_up: &Notify,
     ) -> Called<()> {
         let mut call = self.call("checkpoint");
         call.arg("--image-path").arg(&how.images);
@@ -351,11 +358,22 @@ impl Runtime {
         for namespace in &how.empty_namespaces {
             call.arg("--empty-ns").arg(namespace);
         }
+        call.deadline = deadline;
+        call.give_up = Some(give_up);
         call.arg(id).run(reaper).await.map(drop)
     }
 
     fn call(&self, verb: &'static str) -> Call<'_> {
-        Call { runtime: self, verb, arguments: Vec::new(), streams: None, globals: true }
+        let deadline = self.deadline();
+        Call {
+            runtime: self,
+            verb,
+            arguments: Vec::new(),
+            streams: None,
+            globals: true,
+            deadline,
+            give_up: None,
+        }
     }
 }
 
@@ -368,6 +386,9 @@ struct Call<'a> {
     streams: Option<Streams>,
     /// Whether the global flags are put before the verb.
     globals: bool,
+    deadline: Duration,
+    /// Ends it before.
+    give_up: Option<&'a Notify>,
 }
 
 impl Call<'_> {
@@ -421,14 +442,29 @@ impl Call<'_> {
         // What belongs to the container must not stay open here.
         drop(command);
 
-        let deadline = runtime.deadline();
-        let exit = match tokio::time::timeout(deadline, child.wait()).await {
-            Ok(exit) => exit.map_err(io)?,
-            Err(_) => {
+        let deadline = self.deadline;
+        let give_up = async {
+            match self.give_up {
+                Some(give_up) => give_up.notified().await,
+                None => std::future::pending().await,
+            }
+        };
+        let exit = tokio::select! {
+            // What has ended is not given up.
+            biased;
+            exit = child.wait() => Ok(exit.map_err(io)?),
+            () = tokio::time::sleep(deadline) => {
+                Err(Error::Deadline { binary: binary.clone(), verb, deadline })
+            }
+            () = give_up => Err(Error::GivenUp { binary: binary.clone(), verb }),
+        };
+        let exit = match exit {
+            Ok(exit) => exit,
+            Err(error) => {
                 kill_group(child.pid());
                 // SIGKILL is certain but for uninterruptible sleep; then the sweep gets it.
                 let _ = tokio::time::timeout(Duration::from_secs(1), child.wait()).await;
-                return Err(Error::Deadline { binary, verb, deadline });
+                return Err(error);
             }
         };
         if exit == Exit::Code(0) {

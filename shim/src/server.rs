@@ -342,8 +342,15 @@ impl Task for Services {
         Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, r: api::CheckpointTaskRequest) -> Answer<Empty> {
+    async fn checkpoint(
+        &self,
+        context: &TtrpcContext,
+        r: api::CheckpointTaskRequest,
+    ) -> Answer<Empty> {
         let pod = self.0.clone();
+        // A tenth of the caller's patience is for ending what is not done by then, and for saying so.
+        let within = u64::try_from(context.timeout_nano).ok().filter(|nanos| *nanos > 0);
+        let within = within.map(|nanos| Duration::from_nanos(nanos - nanos / 10));
         let mut how =
             Checkpoint { images: r.path.into(), leave_running: true, ..Checkpoint::default() };
         if let Some(any) = r.options.as_ref().filter(|any| !any.value.is_empty()) {
@@ -364,7 +371,7 @@ impl Task for Services {
                 empty_namespaces: options.empty_namespaces,
             };
         }
-        detached(async move { pod.checkpoint(&r.id, how).await }).await?;
+        detached(async move { pod.checkpoint(&r.id, how, within).await }).await?;
         Ok(Empty::new())
     }
 

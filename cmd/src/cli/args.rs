@@ -24,6 +24,7 @@ Pods and containers:
   exec          Run a command in a container
   attach        Join a container that runs
   port-forward  Forward ports of this node to a pod
+  checkpoint    Write a container's state to an archive
   stop          Stop containers or pods
   rm            Remove containers or pods
   stats         Show what containers use
@@ -110,6 +111,8 @@ pub(super) enum Command {
     Attach(Attach),
     /// Forward ports of this node to a pod
     PortForward(PortForward),
+    /// Write a container's state to an archive
+    Checkpoint(Checkpoint),
     /// Stop containers or pods
     Stop(Stop),
     /// Remove containers or pods
@@ -428,6 +431,22 @@ pub(super) enum Shown {
     Text,
     Json,
     Yaml,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The container runs on. It needs criu on this node. `holdfast run ARCHIVE` makes a container of it again. With \
+--timeout it is given up when the time is up.")]
+pub(super) struct Checkpoint {
+    /// All containers of a pod, to a directory
+    #[arg(long)]
+    pub(super) pod: bool,
+    /// Where to: a file of this node; with --pod a directory
+    #[arg(long, short, value_name = "PATH")]
+    pub(super) export: PathBuf,
+    /// A container, or a pod that has only one; with --pod a pod
+    #[arg(value_name = "NAME")]
+    pub(super) name: String,
 }
 
 #[derive(Debug, clap::Args)]

@@ -17,7 +17,7 @@ use std::{
     time::SystemTime,
 };
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::{
     Container, Ended, Pod, Process, Sandbox, Slot, Stage,
@@ -102,6 +102,8 @@ impl Pod {
             restore: saved.restore,
             mounted: saved.mounted,
             ids: saved.ids,
+            turn: tokio::sync::Mutex::new(()),
+            give_up: Notify::new(),
             deleting: tokio::sync::Mutex::new(()),
             id: saved.id,
         });
