@@ -27,6 +27,8 @@ mod bootstrap;
 #[cfg(feature = "server")]
 pub mod command_line;
 #[cfg(feature = "server")]
+mod handover;
+#[cfg(feature = "server")]
 mod log;
 #[cfg(feature = "server")]
 mod mounts;

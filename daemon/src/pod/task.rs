@@ -61,6 +61,10 @@ pub(super) enum Request {
         id: ContainerId,
         resources: Box<Resources>,
     },
+    /// Replace the shim's code.
+    Upgrade {
+        binary: std::path::PathBuf,
+    },
     /// New overhead and new sum of the containers' resources; `None`: as it was.
     UpdatePod {
         change: Box<(Option<Resources>, Option<Resources>)>,
@@ -102,6 +106,7 @@ enum Op {
     Remove(ContainerId),
     Update(ContainerId),
     UpdatePod,
+    Upgrade,
     /// Frees what the runtime holds of an ended container.
     Reap(ContainerId),
     /// Takes away a container, or the pod, that a crash left half made.
@@ -124,6 +129,7 @@ impl Op {
             | Op::StopPod
             | Op::RemovePod
             | Op::UpdatePod
+            | Op::Upgrade
             | Op::Create(..)
             | Op::Link
             | Op::Watch
@@ -142,6 +148,7 @@ impl Op {
             | Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
+            | Op::Upgrade
             | Op::Reap(_)
             | Op::Discard(_) => true,
             Op::Link | Op::Watch | Op::Ends(_) => false,
@@ -369,7 +376,14 @@ impl Owner {
     /// Whether something under way must end before the request can be looked at.
     fn must_wait(&self, request: &Request) -> bool {
         let mut running = self.running.values();
+        // Its connections break, and what came on them in between would not be done.
+        if self.is_running(&Op::Upgrade) && !matches!(request, Request::Upgrade { .. }) {
+            return true;
+        }
         match request {
+            Request::Upgrade { .. } => {
+                running.any(|op| op.holds_the_pod() && !matches!(op, Op::Upgrade))
+            }
             // What a crash left of it goes first; then there is no such pod, and a new one is made.
             Request::Run => running.any(|op| *op == Op::Discard(None)),
             Request::Create { .. } => running.any(|op| *op == Op::Discard(None)),
@@ -475,6 +489,12 @@ impl Owner {
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
                 self.join(op, reply, container::update(services, pod, record, resources));
+            }
+            Request::Upgrade { binary } => {
+                if self.record.state != PodState::Ready {
+                    return Err((Error::PodNotReady(pod.id), reply));
+                }
+                self.join(Op::Upgrade, reply, super::upgrade::upgrade(services, pod, binary));
             }
             // Nothing outside is to be done; it goes the way of all changes.
             Request::UpdatePod { change } => {
@@ -729,6 +749,7 @@ impl Owner {
             Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
+            | Op::Upgrade
             | Op::Reap(_)
             | Op::Discard(Some(_))
             | Op::Link
