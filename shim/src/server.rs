@@ -984,13 +984,11 @@ impl Attachment {
             |open: bool| open.then(|| self.holder.with_io(|io| io.input())).flatten().flatten();
         let mut open = self.input;
         loop {
-            let (early, stream) = read.get_ref();
-            if early.position() >= early.get_ref().len() as u64 {
-                stream.readable().await?;
-            }
-            let _busy = Busy::begin();
             let mut head = [0; control::HEADER];
-            read.read_exact(&mut head).await?;
+            read.read_exact(&mut head[..1]).await?;
+            // In the middle of a frame: an upgrade waits for its end.
+            let _busy = Busy::begin();
+            read.read_exact(&mut head[1..]).await?;
             let (kind, length) = control::parse_header(head).ok_or(io::ErrorKind::InvalidData)?;
             let mut payload = vec![0; length];
             read.read_exact(&mut payload).await?;
