@@ -511,7 +511,7 @@ async fn an_upgrade_that_cannot_be_leaves_the_old_shim_as_it_was() -> Result<()>
         Ok(path.display().to_string())
     };
     for (binary, part) in [
-        (write("garbage", "no program at all")?, "Exec format"),
+        (write("garbage", "no program at all")?, "cannot take over"),
         ("/bin/true".to_owned(), "no shim that can take over"),
         (write("newer", "#!/bin/sh\necho the state needs version 9 >&2; exit 1\n")?, "version 9"),
         (write("hangs", "#!/bin/sh\nexec sleep 100\n")?, "does not answer within"),
