@@ -52,7 +52,7 @@ TEST_BIN   := $(TARGET_DIR)/test-bin
 # a registry, the content of test images, and other shims and runtimes to test against. No service of
 # theirs is started.
 PACKAGES   := runc crun containernetworking-plugins iproute2 iptables nftables docker-registry \
-              busybox-static python3 ca-certificates gcc libc6-dev containerd runsc
+              busybox-static e2fsprogs python3 ca-certificates gcc libc6-dev containerd runsc
 
 ##@ Building
 .PHONY: build
@@ -108,10 +108,13 @@ unit:
 .PHONY: test-bins
 test-bins: ## the binaries that the integration tests run, gathered in target/test-bin
 	$(CARGO) build --locked $(if $(filter release,$(TEST_PROFILE)),--release) --workspace --bins $(TEST_FEATURES)
+	$(CARGO) build --locked $(if $(filter release,$(TEST_PROFILE)),--release) -p holdfast-shim --example orchestrator
 	RUSTFLAGS="$(SHIM_FLAGS)" $(CARGO) build --locked --profile $(SHIM_PROFILE) $(SHIM_BUILD)
 	@mkdir -p $(TEST_BIN)
 	@# Links are replaced in one step: tests may be starting from here.
-	@for file in $(TEST_OUT)/holdfastd $(TEST_OUT)/holdfast $(TEST_OUT)/holdfast-testimage $(TRIPLE)/$(SHIM_OUT)/$(SHIM); do \
+	@for file in $(TEST_OUT)/holdfastd $(TEST_OUT)/holdfast $(TEST_OUT)/holdfast-testimage \
+	             $(TEST_OUT)/holdfast-testshim-old $(TEST_OUT)/holdfast-testshim-new \
+	             $(TEST_OUT)/examples/orchestrator $(TRIPLE)/$(SHIM_OUT)/$(SHIM); do \
 	  ln -sfT $(TARGET_DIR)/$$file $(TEST_BIN)/$$(basename $$file); done
 
 .PHONY: test
@@ -122,7 +125,12 @@ test: root deps lint test-bins ## everything: lints, unit tests and the tests wi
 	  $(CARGO) nextest run --locked --workspace --no-fail-fast $(TEST_FEATURES) $(TESTS); \
 	else \
 	  $(CARGO) test --locked --workspace --no-fail-fast $(TEST_FEATURES) $(if $(TESTS),-- $(TESTS)); \
-	fi
+	fi; \
+	if [ -e $(TEST_BIN)/conformance.md ]; then echo; cat $(TEST_BIN)/conformance.md; fi
+
+.PHONY: power-cuts
+power-cuts: root deps ## cuts the power 200 times while images are pulled (root); CUTS=n for another number
+	@$(give_back); HOLDFAST_POWER_CUTS=$(or $(CUTS),200) $(CARGO) test --locked -p holdfast-integration --test power -- --nocapture
 
 .PHONY: bench
 bench: root deps build ## measures against the bare runtimes, and containerd where it is installed (root)

@@ -14,6 +14,7 @@ mod exec;
 mod find;
 mod forward;
 mod image;
+mod images;
 mod info;
 mod inspect;
 mod list;
@@ -107,6 +108,11 @@ async fn dispatch(args: Args) -> Result<u8> {
                     image::remove(client, a).await
                 }
                 Command::Image(ImageCommand::Import(a)) => image::import(client, a).await,
+                Command::Image(ImageCommand::Push(a)) => images::push(client, a).await,
+                Command::Image(ImageCommand::Save(a)) => images::save(client, a).await,
+                Command::Image(ImageCommand::Tag(a)) => images::tag(client, a).await,
+                Command::Commit(a) => images::commit(client, a).await,
+                Command::Image(ImageCommand::Prune(a)) => images::prune(client, a).await,
                 Command::Image(ImageCommand::Inspect(a)) => inspect::images(client, a).await,
                 Command::Run(a) => run::run(client, *a).await,
                 Command::Exec(a) => exec::exec(client, a).await,

@@ -14,7 +14,12 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 use holdfast_daemon::config::Config;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{
+    EnvFilter, Layer as _,
+    filter::{FilterExt as _, filter_fn},
+    layer::SubscriberExt as _,
+    util::SubscriberInitExt as _,
+};
 
 /// Exit code for a wrong command line or configuration; clap uses it too.
 const USAGE: u8 = 2;
@@ -126,9 +131,6 @@ fn print(text: &str) -> Result<()> {
 }
 
 fn serve(config: Config, log_level: Option<String>) -> Result<ExitCode> {
-    if let Err(error) = log_to_stderr(&config, log_level) {
-        return Ok(report(&error, USAGE));
-    }
     // A node agent shares its node: two workers keep one slow poll from stopping all, and more than
     // four buy nothing for what is mostly waiting. The stack of a thread costs what it touches; the
     // limit is against runaway recursion in what strangers send.
@@ -141,6 +143,13 @@ fn serve(config: Config, log_level: Option<String>) -> Result<ExitCode> {
         .enable_all()
         .build()
         .context("start the tokio runtime")?;
+    let traces = {
+        let _in_runtime = runtime.enter();
+        match log_and_trace(&config, log_level) {
+            Ok(traces) => traces,
+            Err(error) => return Ok(report(&error, USAGE)),
+        }
+    };
     let result = runtime.block_on(async {
         // Registered before anything is started, so that no signal in between kills us.
         let mut term = signal(SignalKind::terminate()).context("catch SIGTERM")?;
@@ -154,6 +163,8 @@ fn serve(config: Config, log_level: Option<String>) -> Result<ExitCode> {
         };
         holdfast_daemon::run(config, shutdown).await.map_err(anyhow::Error::from)
     });
+    // The last of them, while there is something that can send them.
+    drop(traces);
     // A blocking call that hangs (a mount on a dead server) must not keep us from ending.
     runtime.shutdown_timeout(Duration::from_secs(1));
     match result {
@@ -166,7 +177,14 @@ fn serve(config: Config, log_level: Option<String>) -> Result<ExitCode> {
     }
 }
 
-fn log_to_stderr(config: &Config, log_level: Option<String>) -> Result<()> {
+/// What sends traces until it is dropped.
+#[cfg(feature = "otlp")]
+type Traces = Option<holdfast_daemon::trace::Tracer>;
+#[cfg(not(feature = "otlp"))]
+type Traces = ();
+
+/// The log goes to stderr; traces, if there are any, to where the configuration says.
+fn log_and_trace(config: &Config, log_level: Option<String>) -> Result<Traces> {
     let from_env = std::env::var("RUST_LOG").ok().filter(|v| !v.is_empty());
     let (origin, text) = match (log_level, from_env) {
         (Some(text), _) => ("--log-level", text),
@@ -176,14 +194,24 @@ fn log_to_stderr(config: &Config, log_level: Option<String>) -> Result<()> {
     let filter = EnvFilter::builder()
         .parse(&text)
         .with_context(|| format!("{origin} {text:?} is not a level or filter"))?;
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    // What is for traces alone is not for the log.
+    let filter = filter.and(filter_fn(|of| of.target() != holdfast_daemon::trace::TARGET));
+    let log = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
         .with_ansi(io::stderr().is_terminal());
-    if config.log.json {
-        builder.json().flatten_event(true).init();
-    } else {
-        builder.init();
+    let log = match config.log.json {
+        true => log.json().flatten_event(true).with_filter(filter).boxed(),
+        false => log.with_filter(filter).boxed(),
+    };
+    let subscriber = tracing_subscriber::registry().with(log);
+    #[cfg(feature = "otlp")]
+    if let Some(endpoint) = &config.tracing.endpoint {
+        let samples = config.tracing.samples_per_million;
+        let (layer, tracer) =
+            holdfast_daemon::trace::layer(endpoint, samples).map_err(anyhow::Error::msg)?;
+        subscriber.with(layer).init();
+        return Ok(Some(tracer));
     }
-    Ok(())
+    subscriber.init();
+    Ok(Traces::default())
 }

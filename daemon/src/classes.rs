@@ -68,6 +68,11 @@ pub struct Choice {
 }
 
 impl Choice {
+    /// One that an NRI plugin has made.
+    pub fn of_plugin(class: &str, plugin: &str) -> Self {
+        Self { class: class.to_owned(), annotation: format!("NRI plugin {plugin}") }
+    }
+
     fn lacking(&self, lacks: impl Into<String>) -> Error {
         Error::Lacking {
             annotation: self.annotation.clone(),

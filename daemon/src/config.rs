@@ -22,7 +22,7 @@ use std::{
 pub use raw::Origin;
 use raw::{
     Layers, RawConfig, RawGrpc, RawHandler, RawImages, RawLog, RawMetrics, RawNetwork, RawNri,
-    RawRuntime, RawStreaming,
+    RawNriValidator, RawRuntime, RawStreaming, RawTracing,
 };
 
 use serde::{Deserialize, Serialize};
@@ -57,6 +57,8 @@ pub struct Config {
     pub runtime: Runtime,
     /// `[metrics]`: where to serve Prometheus metrics, if at all.
     pub metrics_address: Option<SocketAddr>,
+    /// `[tracing]`
+    pub tracing: Tracing,
     /// `[nri]`
     pub nri: Nri,
     /// `[log]`
@@ -218,6 +220,16 @@ pub enum Sandboxing {
     None,
 }
 
+impl Sandboxing {
+    /// As in the configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Sandboxing::Container => "container",
+            Sandboxing::None => "none",
+        }
+    }
+}
+
 /// Who makes a container's cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CgroupDriver {
@@ -238,6 +250,46 @@ pub struct Nri {
     pub plugin_dir: PathBuf,
     /// Their configurations.
     pub conf_dir: PathBuf,
+    /// No socket is made: only pre-registered plugins.
+    pub disable_connections: bool,
+    /// How long a plugin has from its connection to its registration.
+    pub registration_timeout: Duration,
+    /// How long a plugin has for one request.
+    pub request_timeout: Duration,
+    /// The same for particular plugins, by name or "index-name".
+    pub plugin_timeouts: BTreeMap<String, Duration>,
+    /// `[nri.validator]`
+    pub validator: NriValidator,
+}
+
+/// What plugins may adjust, and which must be there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NriValidator {
+    /// No OCI hooks.
+    pub reject_oci_hook_adjustment: bool,
+    /// Not the filter of a container that asks for the default profile.
+    pub reject_runtime_default_seccomp_adjustment: bool,
+    /// No filter for a container that asks for none.
+    pub reject_unconfined_seccomp_adjustment: bool,
+    /// Not the filter of a container that brings its own.
+    pub reject_custom_seccomp_adjustment: bool,
+    /// No namespaces.
+    pub reject_namespace_adjustment: bool,
+    /// No sysctls.
+    pub reject_sysctl_adjustment: bool,
+    /// Without each of these no container is made.
+    pub required_plugins: Vec<String>,
+    /// Key of an annotation that makes a pod's containers do without them; empty: none does.
+    pub tolerate_missing_plugins_annotation: String,
+}
+
+/// OpenTelemetry traces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tracing {
+    /// An OTLP collector's gRPC address ("http://127.0.0.1:4317"), if traces are to be sent.
+    pub endpoint: Option<String>,
+    /// How many of a million requests, of those that nobody has decided on, are traced.
+    pub samples_per_million: u32,
 }
 
 /// The daemon's own log.
@@ -458,11 +510,29 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
             "" => None,
             given => Some(key("metrics.address").address(given)?),
         },
+        tracing: Tracing {
+            endpoint: match raw.tracing.endpoint.as_str() {
+                "" => None,
+                given => Some(key("tracing.endpoint").collector(given)?),
+            },
+            samples_per_million: key("tracing.samples_per_million").number(
+                raw.tracing.samples_per_million,
+                0,
+                1_000_000,
+            )?,
+        },
         nri: Nri {
             enabled: raw.nri.enabled,
             socket: key("nri.socket").socket(&raw.nri.socket)?,
             plugin_dir: key("nri.plugin_dir").path(&raw.nri.plugin_dir)?,
             conf_dir: key("nri.conf_dir").path(&raw.nri.conf_dir)?,
+            disable_connections: raw.nri.disable_connections,
+            registration_timeout: key("nri.registration_timeout")
+                .duration(&raw.nri.registration_timeout)?,
+            request_timeout: key("nri.request_timeout").duration(&raw.nri.request_timeout)?,
+            plugin_timeouts: key("nri.plugin_timeouts")
+                .plugin_timeouts(&raw.nri.plugin_timeouts)?,
+            validator: nri_validator(layers, raw.nri.validator)?,
         },
         log: Log {
             level: key("log.level").log_filter(raw.log.level)?,
@@ -484,6 +554,29 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
         );
     }
     Ok(config)
+}
+
+fn nri_validator(layers: &Layers, raw: RawNriValidator) -> Result<NriValidator, Error> {
+    let key = Key { layers, key: "nri.validator.required_plugins".to_owned() };
+    if let Some(bad) = raw.required_plugins.iter().find(|name| !is_plugin_name(name)) {
+        let rule = "a plugin's name has letters, digits and . _ + - only";
+        return Err(key.bad_text(bad, rule));
+    }
+    Ok(NriValidator {
+        reject_oci_hook_adjustment: raw.reject_oci_hook_adjustment,
+        reject_runtime_default_seccomp_adjustment: raw.reject_runtime_default_seccomp_adjustment,
+        reject_unconfined_seccomp_adjustment: raw.reject_unconfined_seccomp_adjustment,
+        reject_custom_seccomp_adjustment: raw.reject_custom_seccomp_adjustment,
+        reject_namespace_adjustment: raw.reject_namespace_adjustment,
+        reject_sysctl_adjustment: raw.reject_sysctl_adjustment,
+        required_plugins: raw.required_plugins,
+        tolerate_missing_plugins_annotation: raw.tolerate_missing_plugins_annotation,
+    })
+}
+
+/// Whether NRI takes it as the name of a plugin.
+pub(crate) fn is_plugin_name(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b))
 }
 
 fn streaming(layers: &Layers, raw: &RawStreaming) -> Result<Streaming, Error> {
@@ -659,6 +752,21 @@ impl Key<'_> {
         })
     }
 
+    fn collector(&self, text: &str) -> Result<String, Error> {
+        if !crate::trace::BUILT {
+            return Err(self.bad_text(text, "this build cannot send traces: leave it empty"));
+        }
+        let host = text.strip_prefix("http://").unwrap_or_default();
+        match !host.is_empty() && url::Url::parse(text).is_ok() {
+            true => Ok(text.to_owned()),
+            false => Err(self.bad_text(
+                text,
+                "it must be the address of a collector's gRPC receiver without TLS, as in \
+                 http://127.0.0.1:4317",
+            )),
+        }
+    }
+
     fn duration(&self, text: &str) -> Result<Duration, Error> {
         const RULE: &str =
             "it must be a whole number and ms, s, m or h, from 1ms to 24h, as in \"60s\"";
@@ -677,6 +785,16 @@ impl Key<'_> {
         (least..=most).contains(&value).then(|| N::try_from(value).ok()).flatten().ok_or_else(
             || self.bad(&value.to_string(), &format!("it must be from {least} to {most}")),
         )
+    }
+
+    fn plugin_timeouts(&self, texts: &[String]) -> Result<BTreeMap<String, Duration>, Error> {
+        let pair = |text: &String| {
+            let (name, limit) = text.split_once('=')?;
+            let limit = units::parse_duration(limit).filter(|limit| !limit.is_zero())?;
+            is_plugin_name(name).then(|| (name.to_owned(), limit))
+        };
+        let rule = "it must be NAME=DURATION, as in \"balloons=5s\" or \"10-balloons=5s\"";
+        texts.iter().map(|text| pair(text).ok_or_else(|| self.bad_text(text, rule))).collect()
     }
 
     fn registries(&self, texts: Vec<String>) -> Result<Vec<String>, Error> {
@@ -746,6 +864,29 @@ pub(crate) fn find_program(program: &Path) -> Option<PathBuf> {
 
 fn is_executable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}
+
+fn raw_of_validator(validator: &NriValidator) -> RawNriValidator {
+    let NriValidator {
+        reject_oci_hook_adjustment,
+        reject_runtime_default_seccomp_adjustment,
+        reject_unconfined_seccomp_adjustment,
+        reject_custom_seccomp_adjustment,
+        reject_namespace_adjustment,
+        reject_sysctl_adjustment,
+        required_plugins,
+        tolerate_missing_plugins_annotation,
+    } = validator.clone();
+    RawNriValidator {
+        reject_oci_hook_adjustment,
+        reject_runtime_default_seccomp_adjustment,
+        reject_unconfined_seccomp_adjustment,
+        reject_custom_seccomp_adjustment,
+        reject_namespace_adjustment,
+        reject_sysctl_adjustment,
+        required_plugins,
+        tolerate_missing_plugins_annotation,
+    }
 }
 
 /// The inverse of [`resolve`].
@@ -819,8 +960,7 @@ fn raw_of(config: &Config) -> RawConfig {
                             path: foreign.path.as_deref().map(text),
                             shim: Some(text(&foreign.shim)),
                             options: foreign.options.as_deref().map(text),
-                            sandbox: (foreign.sandbox == Sandboxing::None)
-                                .then(|| "none".to_owned()),
+                            sandbox: Some(foreign.sandbox.name().to_owned()),
                             privileged_without_host_devices: foreign
                                 .privileged_without_host_devices
                                 .then_some(true),
@@ -835,9 +975,23 @@ fn raw_of(config: &Config) -> RawConfig {
             socket: text(&config.nri.socket),
             plugin_dir: text(&config.nri.plugin_dir),
             conf_dir: text(&config.nri.conf_dir),
+            disable_connections: config.nri.disable_connections,
+            registration_timeout: units::format_duration(config.nri.registration_timeout),
+            request_timeout: units::format_duration(config.nri.request_timeout),
+            plugin_timeouts: config
+                .nri
+                .plugin_timeouts
+                .iter()
+                .map(|(name, limit)| format!("{name}={}", units::format_duration(*limit)))
+                .collect(),
+            validator: raw_of_validator(&config.nri.validator),
         },
         metrics: RawMetrics {
             address: config.metrics_address.map(|a| a.to_string()).unwrap_or_default(),
+        },
+        tracing: RawTracing {
+            endpoint: config.tracing.endpoint.clone().unwrap_or_default(),
+            samples_per_million: config.tracing.samples_per_million.into(),
         },
         log: RawLog {
             level: config.log.level.clone(),

@@ -6,6 +6,7 @@ mod admin;
 mod convert;
 mod image_admin;
 mod images;
+mod metrics;
 mod stats;
 mod status;
 mod streams;
@@ -55,7 +56,7 @@ impl Service {
 
     /// Those that have usage to report.
     fn select_running(&self, filter: cri::ContainerStatsFilter) -> Vec<Arc<ContainerView>> {
-        self.stats.retain(|id| self.pods.has_container(id));
+        self.stats.retain(|id| self.pods.has_pod(id), |id| self.pods.has_container(id));
         self.select_containers(cri::ContainerFilter {
             id: filter.id,
             state: Some(cri::ContainerStateValue {
@@ -67,7 +68,7 @@ impl Service {
     }
 
     fn select_ready(&self, filter: cri::PodSandboxStatsFilter) -> Vec<Arc<PodView>> {
-        self.stats.retain(|id| self.pods.has_container(id));
+        self.stats.retain(|id| self.pods.has_pod(id), |id| self.pods.has_container(id));
         self.select_pods(cri::PodSandboxFilter {
             id: filter.id,
             state: Some(cri::PodSandboxStateValue {
@@ -114,9 +115,6 @@ fn seconds(field: &str, seconds: i64) -> Result<Option<Duration>, Status> {
         Err(_) => Err(Status::invalid_argument(format!("{field}: {seconds} is negative"))),
     }
 }
-
-/// The end of a stream that this version does not have.
-type None<T> = tokio_stream::Empty<Result<T, Status>>;
 
 #[tonic::async_trait]
 impl RuntimeService for Service {
@@ -196,7 +194,11 @@ impl RuntimeService for Service {
         let config =
             request.config.ok_or_else(|| Status::invalid_argument("config: it is required"))?;
         let config = convert::container_config(config)?;
+        let again = config.attempt > 0;
         let id = self.pods.create(&pod, config).await.map_err(failed)?;
+        if again {
+            crate::metrics::counts().container_restarts.inc();
+        }
         Ok(Response::new(cri::CreateContainerResponse { container_id: id.to_string() }))
     }
 
@@ -444,14 +446,19 @@ impl RuntimeService for Service {
         &self,
         _: Request<cri::ListMetricDescriptorsRequest>,
     ) -> Answer<cri::ListMetricDescriptorsResponse> {
-        not_built("ListMetricDescriptors")
+        let descriptors = metrics::descriptors();
+        Ok(Response::new(cri::ListMetricDescriptorsResponse { descriptors }))
     }
 
     async fn list_pod_sandbox_metrics(
         &self,
         _: Request<cri::ListPodSandboxMetricsRequest>,
     ) -> Answer<cri::ListPodSandboxMetricsResponse> {
-        not_built("ListPodSandboxMetrics")
+        let pods = self.select_ready(Default::default());
+        let pod_metrics = metrics::pods(&self.stats, pods).await?;
+        let answer = cri::ListPodSandboxMetricsResponse { pod_metrics };
+        metrics::fits(&answer)?;
+        Ok(Response::new(answer))
     }
 
     async fn update_pod_sandbox_resources(
@@ -472,9 +479,8 @@ impl RuntimeService for Service {
         request: Request<cri::StreamPodSandboxesRequest>,
     ) -> Answer<Self::StreamPodSandboxesStream> {
         let pods = self.select_pods(request.into_inner().filter.unwrap_or_default());
-        Ok(Response::new(streams::list(pods, |chunk| cri::StreamPodSandboxesResponse {
-            pod_sandboxes: chunk.iter().map(|pod| convert::pod_item(pod)).collect(),
-        })))
+        let message = |pod_sandboxes| cri::StreamPodSandboxesResponse { pod_sandboxes };
+        Ok(Response::new(streams::list(pods, |pod| convert::pod_item(pod), message)))
     }
 
     type StreamContainersStream = streams::Answers<cri::StreamContainersResponse>;
@@ -483,9 +489,8 @@ impl RuntimeService for Service {
         request: Request<cri::StreamContainersRequest>,
     ) -> Answer<Self::StreamContainersStream> {
         let containers = self.select_containers(request.into_inner().filter.unwrap_or_default());
-        Ok(Response::new(streams::list(containers, |chunk| cri::StreamContainersResponse {
-            containers: chunk.iter().map(|c| convert::container_item(c)).collect(),
-        })))
+        let message = |containers| cri::StreamContainersResponse { containers };
+        Ok(Response::new(streams::list(containers, |c| convert::container_item(c), message)))
     }
 
     type StreamContainerStatsStream = streams::Answers<cri::StreamContainerStatsResponse>;
@@ -506,11 +511,12 @@ impl RuntimeService for Service {
         Ok(Response::new(streams::pod_stats(self.stats.clone(), pods)))
     }
 
-    type StreamPodSandboxMetricsStream = None<cri::StreamPodSandboxMetricsResponse>;
+    type StreamPodSandboxMetricsStream = streams::Answers<cri::StreamPodSandboxMetricsResponse>;
     async fn stream_pod_sandbox_metrics(
         &self,
         _: Request<cri::StreamPodSandboxMetricsRequest>,
     ) -> Answer<Self::StreamPodSandboxMetricsStream> {
-        not_built("StreamPodSandboxMetrics")
+        let pods = self.select_ready(Default::default());
+        Ok(Response::new(streams::pod_metrics(self.stats.clone(), pods)))
     }
 }

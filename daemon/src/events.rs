@@ -59,8 +59,14 @@ impl Default for Events {
 impl Events {
     /// Tells everybody who watches. Never waits.
     pub fn send(&self, id: impl Into<String>, kind: Kind, pod: Arc<PodView>) {
+        crate::metrics::counts().events.inc();
         // No subscribers: nobody to tell.
         let _ = self.0.send(Event { id: id.into(), kind, at: SystemTime::now(), pod });
+    }
+
+    /// How many watch.
+    pub fn subscribers(&self) -> usize {
+        self.0.receiver_count()
     }
 
     /// From now on. `list` gives all pods as they are, for when the subscriber has fallen behind.
@@ -103,6 +109,7 @@ impl<L: Fn() -> Vec<Arc<PodView>>> Subscription<L> {
                     Ok(event) => event,
                     Err(RecvError::Closed) => return None,
                     Err(RecvError::Lagged(_)) => {
+                        crate::metrics::counts().event_resyncs.inc();
                         self.catch_up();
                         continue;
                     }

@@ -21,21 +21,28 @@
 
 pub mod archive;
 pub mod authfile;
+pub mod commit;
 mod connect;
 pub mod erofs;
+mod fit;
 pub mod hosts;
 pub mod layers;
 pub mod manifest;
+pub mod names;
 pub mod overlay;
 mod pipeline;
+pub mod policy;
 pub mod pull;
+pub mod push;
 pub mod recipe;
 pub mod reference;
 pub mod registries;
 pub mod registry;
+pub mod save;
 pub mod snapshots;
 pub mod stream;
 pub mod tar;
+pub mod tarball;
 pub mod tls;
 pub mod tree;
 pub mod unpack;
@@ -119,6 +126,37 @@ pub enum Error {
     /// An import.
     #[error("import image")]
     Import(#[source] pull::Error),
+    /// There is no such image.
+    #[error("there is no image {0:?} here")]
+    NoImage(String),
+    /// A digest is no name to give.
+    #[error("{0:?} names a content: a name that can be given to an image is a tag")]
+    DigestName(String),
+    /// It is given by its id, and could go anywhere.
+    #[error("image {0:?} has no such name: say as what it is to be pushed")]
+    NoName(String),
+    /// A push.
+    #[error("push {reference}")]
+    Push {
+        /// As what.
+        reference: String,
+        /// Why it ended.
+        source: push::Error,
+    },
+    /// An archive of images that are here.
+    #[error("save images")]
+    Save(#[source] save::Error),
+    /// The container has no writable layer that could become an image.
+    #[error("container {0} has no root file system here")]
+    NoSnapshot(ContainerId),
+    /// A container's changes.
+    #[error("make an image of container {id}")]
+    Commit {
+        /// The container.
+        id: ContainerId,
+        /// Why.
+        source: commit::Error,
+    },
     /// The container's root file system was made from another image.
     #[error("container {id} has a root file system from image {image}")]
     OtherSnapshot {
@@ -179,6 +217,29 @@ pub enum Error {
 #[error("the daemon is shutting down")]
 pub struct Stopped;
 
+/// Why a pull failed, where the kubelet makes a difference.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PullFailure {
+    /// The policy refuses the image.
+    Signature,
+    /// No server answers.
+    Unavailable,
+}
+
+impl Error {
+    /// Why a pull failed, where the kubelet makes a difference.
+    pub fn pull_failure(&self) -> Option<PullFailure> {
+        let Error::Pull { source, .. } = self else { return None };
+        match &**source {
+            pull::Error::Policy(policy::Error::Refused { .. }) => Some(PullFailure::Signature),
+            pull::Error::Registry(registry) if registry.is_unreachable() => {
+                Some(PullFailure::Unavailable)
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Kinded for Error {
     fn kind(&self) -> Kind {
         let disk = |e: &io::Error| match e.kind() {
@@ -188,6 +249,15 @@ impl Kinded for Error {
         match self {
             Error::Reference(_) | Error::Platform(_) => Kind::Invalid,
             Error::Registries(e) => e.kind(),
+            Error::DigestName(_) | Error::NoName(_) => Kind::Invalid,
+            Error::Push { source, .. } => source.kind(),
+            Error::NoImage(_) | Error::NoSnapshot(_) => Kind::NotFound,
+            Error::Commit { source, .. } => match source {
+                commit::Error::Read { source, .. } | commit::Error::Write(source) => disk(source),
+                commit::Error::Refused { .. } => Kind::Precondition,
+                commit::Error::Config(_) => Kind::Internal,
+            },
+            Error::Save(e) => e.kind(),
             Error::Pull { source, .. } => source.kind(),
             Error::Import(source) => source.kind(),
             Error::OtherSnapshot { .. } => Kind::AlreadyExists,
@@ -449,9 +519,9 @@ impl Images {
             let held: Option<Vec<_>> =
                 snapshot.layers.iter().map(|number| restored.get(number).cloned()).collect();
             if let Some((container, _)) = snapshot.container.split_once('/') {
-                if let Ok(id) = container.parse() {
+                if let (Ok(id), Ok(image)) = (container.parse(), snapshot.image.parse()) {
                     let here = snapshot.layers.iter().filter_map(|n| restored.get(n).cloned());
-                    snapshots.restore_volume(id, here.collect());
+                    snapshots.restore_volume(id, image, here.collect());
                 }
                 continue;
             }
@@ -616,6 +686,39 @@ impl Images {
         result.map_err(Error::Import)
     }
 
+    /// Writes an archive of images, each named as [`Images::find`] takes it. An image that is
+    /// given by a tag is written with that name alone, one that is given by its id with all.
+    pub async fn save(
+        &self,
+        names: &[String],
+        format: save::Format,
+        out: impl io::Write + Send + 'static,
+    ) -> Result<(), Error> {
+        let mut images: Vec<save::Whole> = Vec::new();
+        for any in names {
+            let image = self.find(any).ok_or_else(|| Error::NoImage(any.clone()))?;
+            let meant: Vec<String> = self.meanings(any).iter().map(ToString::to_string).collect();
+            let tag = image.names.iter().find(|name| meant.contains(name));
+            let tags = tag.map_or_else(|| image.names.clone(), |tag| vec![tag.clone()]);
+            match images.iter_mut().find(|other| other.image.id == image.id) {
+                Some(other) => {
+                    let new: Vec<_> =
+                        tags.into_iter().filter(|t| !other.names.contains(t)).collect();
+                    other.names.extend(new);
+                }
+                None => {
+                    let documents = self.shared.store.image_documents(&image.id).await?;
+                    let (_, config) = documents.ok_or_else(|| Error::Gone(image.id.clone()))?;
+                    images.push(save::Whole { image, config, names: tags });
+                }
+            }
+        }
+        let shared = self.shared.clone();
+        blocking(move || save::write(&shared.layers, &images, format, out))
+            .await?
+            .map_err(Error::Save)
+    }
+
     /// What all layers take: kept counters.
     pub fn fs_usage(&self) -> FsUsage {
         let (used_bytes, inodes_used) = self.shared.layers.usage();
@@ -713,6 +816,7 @@ impl Shared {
         let (shared, cancelled) = (self.clone(), cancel.clone());
         self.tasks.spawn(async move {
             let landing = Landing { shared: shared.clone(), key, number };
+            let counted = crate::metrics::Pull::begin();
             let unpackers = TaskTracker::new();
             let limit = shared.config.pull_timeout;
             let pull = async {
@@ -753,6 +857,7 @@ impl Shared {
                     shared.layers.flush().await;
                 }
             }
+            counted.end(crate::metrics::outcome(&outcome, Kinded::kind));
             drop(landing);
             let _ = landed.send(outcome.map_err(Arc::new));
         });
@@ -848,16 +953,7 @@ impl Shared {
             )
             .await?;
         for (name, target) in new.names {
-            let before = index.names.insert(name.clone(), (new.id.clone(), target));
-            if let Some((other, _)) = before
-                && other != new.id
-                && let Some(loser) = index.images.get(&other)
-            {
-                let mut loser = Image::clone(loser);
-                loser.names.retain(|n| *n != name);
-                loser.digests.retain(|n| *n != name);
-                index.images.insert(other, Arc::new(loser));
-            }
+            index.rename(&name, &new.id, target);
             let names = if name.contains('@') { &mut image.digests } else { &mut image.names };
             if let Err(at) = names.binary_search(&name) {
                 names.insert(at, name);

@@ -1,6 +1,7 @@
 //! Everything behind the CRI socket. [`run`] is the daemon; the binary only calls it.
 
 pub mod apparmor;
+pub mod cadvisor;
 pub mod cdi;
 pub mod classes;
 pub mod config;
@@ -11,9 +12,11 @@ pub mod features;
 pub mod id;
 pub mod image;
 pub mod label;
+mod metrics;
 pub mod network;
 pub mod node;
 pub mod notify;
+pub mod nri;
 pub mod pod;
 mod serve;
 pub mod shims;
@@ -21,6 +24,7 @@ pub mod spec;
 pub mod stats;
 pub mod store;
 pub mod streaming;
+pub mod trace;
 
 use std::{
     fs, io,
@@ -57,6 +61,9 @@ const MESSAGE_LIMIT: usize = 16 << 20;
 /// How long open requests may still take at shutdown.
 const GOODBYE: Duration = Duration::from_secs(5);
 
+/// How long somebody who has the socket of NRI plugins may take to say so.
+const PROBE: Duration = Duration::from_secs(1);
+
 /// Why the daemon did not start, or stopped by itself.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "each message is its documentation")]
@@ -79,6 +86,8 @@ pub enum Error {
     Node(#[from] node::Error),
     #[error("pods")]
     Pods(#[from] pod::Error),
+    #[error("listen at {0} for metrics: free it, or change metrics.address")]
+    Metrics(std::net::SocketAddr, #[source] io::Error),
     #[error("streaming server")]
     Streaming(#[from] holdfast_streaming::Error),
 }
@@ -111,6 +120,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         images,
         network,
         shims: shims.clone(),
+        nri: nri::Nri::new(config.nri.clone()),
         config: config.clone(),
     });
     let pods = Pods::new(services);
@@ -136,10 +146,21 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     });
     let events = tokio::spawn(events);
 
+    // Before anybody can ask for a container: none is made past a plugin that is to be started.
+    pods.start_plugins(bind_plugins(&config.nri).await).await;
+
     let socket = &config.grpc.socket;
     if let Some(dir) = socket.parent() {
         fs::create_dir_all(dir).map_err(at("make", dir))?;
     }
+    // First what may fail for want of an address.
+    let scraped = match config.metrics_address {
+        Some(address) => {
+            let bound = metrics::bind(address).await;
+            Some(bound.map_err(|source| Error::Metrics(address, source))?)
+        }
+        None => None,
+    };
     let listener = bind(socket, 0o660)?;
     std::os::unix::fs::chown(socket, None, Some(config.grpc.gid)).map_err(at("give", socket))?;
     let streaming = &config.streaming;
@@ -171,6 +192,13 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     .add_service(AdminServer::new(service.clone()).max_decoding_message_size(MESSAGE_LIMIT))
     .add_service(ImagesServer::new(service).max_decoding_message_size(MESSAGE_LIMIT));
     let stop = CancellationToken::new();
+    if let Some(listener) = scraped {
+        info!(address = %listener.local_addr().map_err(at("read the address of", socket))?, "metrics");
+        tokio::spawn(metrics::serve(listener, metrics::registry(pods.clone()), stop.clone()));
+    }
+    let marks = Arc::new(cadvisor::Marks::default());
+    tokio::spawn(marks.clone().keep(pods.clone(), stop.clone()));
+    let routes = cadvisor::Service::new(pods.clone(), marks).serve_with(routes);
     let mut server = tokio::spawn(serve::serve(listener, routes, stop.clone()));
     info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "serving");
     notify::ready();
@@ -194,6 +222,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         warn!("a streaming session did not end in time");
     }
     pods.close().await;
+    pods.services().nri.stop().await;
     pods.services().network.drain().await;
     pods.services().images.shutdown().await;
     events.abort();
@@ -210,6 +239,39 @@ fn lock(state: &Path) -> Result<nix::fcntl::Flock<fs::File>, Error> {
     let file = fs::File::create(&path).map_err(at("make", &path))?;
     nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
         .map_err(|_| Error::Running(state.to_owned()))
+}
+
+/// The socket of NRI plugins. Without it they cannot connect, but pods run all the same: where that must
+/// not be, `nri.validator.required_plugins` says so.
+async fn bind_plugins(nri: &config::Nri) -> Option<UnixListener> {
+    if !nri.enabled || nri.disable_connections {
+        return None;
+    }
+    let socket = &nri.socket;
+    // Another runtime's plugins connect there by default, too.
+    let found = tokio::time::timeout(PROBE, tokio::net::UnixStream::connect(socket)).await;
+    let free = match &found {
+        Ok(Err(error)) => {
+            matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+        }
+        Ok(Ok(_)) | Err(_) => false,
+    };
+    if !free {
+        warn!(
+            socket = %socket.display(),
+            "another runtime has the socket of NRI plugins: set nri.socket, or nri.enabled = false"
+        );
+        return None;
+    }
+    let made =
+        socket.parent().map_or(Ok(()), |dir| fs::create_dir_all(dir).map_err(at("make", dir)));
+    match made.and_then(|()| bind(socket, 0o600)) {
+        Ok(listener) => Some(listener),
+        Err(error) => {
+            warn!(error = chain(&error), "no NRI plugin can connect: see nri.socket");
+            None
+        }
+    }
 }
 
 /// A listening socket in place of one that an earlier daemon left; the lock says there is no other.

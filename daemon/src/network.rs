@@ -58,6 +58,7 @@ pub use self::{
 use crate::{
     error::{Kind, Kinded, chain},
     id::PodId,
+    metrics::{counts, outcome},
     pod::config::{Dns, Map as Labels, PortMapping},
 };
 
@@ -299,16 +300,20 @@ impl Network {
     /// waits for it and returns its result. Takes at most twice the configured timeout, and longer
     /// only if an earlier operation on the same pod is still running.
     pub async fn attach(&self, pod: &Attach) -> Result<Attached, Error> {
-        let pod = pod.clone();
-        self.work(|inner| async move { inner.attach(pod).await }).await
+        let (pod, since) = (pod.clone(), std::time::Instant::now());
+        let attached = self.work(|inner| async move { inner.attach(pod).await }).await;
+        counts().network("attach", since, outcome(&attached, Kinded::kind));
+        attached
     }
 
     /// Takes a pod's attachment away: DEL by its record. `Ok` if there is none. The namespace may
     /// be gone already. The record goes only when every plugin has succeeded, so call again after a
     /// failure.
     pub async fn detach(&self, pod: &PodId) -> Result<(), Error> {
-        let pod = pod.clone();
-        self.work(|inner| async move { inner.detach(&pod).await }).await
+        let (pod, since) = (pod.clone(), std::time::Instant::now());
+        let detached = self.work(|inner| async move { inner.detach(&pod).await }).await;
+        counts().network("detach", since, outcome(&detached, Kinded::kind));
+        detached
     }
 
     /// Asks the plugins whether a pod's attachment is as they made it. `Ok` without asking if the

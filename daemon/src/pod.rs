@@ -9,6 +9,7 @@
 //! - `container`: making, starting, stopping and removing containers.
 //! - `exec`: ExecSync.
 //! - `foreign`: containers that somebody else's shim runs.
+//! - `nri`: what NRI plugins are told, and what they want.
 //! - `recover`: what is done at start-up.
 
 pub mod config;
@@ -16,6 +17,7 @@ mod container;
 pub(crate) mod exec;
 mod extras;
 pub(crate) mod foreign;
+mod nri;
 mod readback;
 mod recover;
 mod run;
@@ -135,6 +137,10 @@ pub enum Error {
     Class { name: String, source: classes::Error },
     #[error("container {name:?}")]
     Label { name: String, source: label::Error },
+    #[error("{what}")]
+    Nri { what: String, source: Box<crate::nri::Error> },
+    #[error("container {name:?}: what NRI plugins made of it is not an OCI spec")]
+    NotASpec { name: String, source: serde_json::Error },
     #[error("{what} {path}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
     #[error("record of pod")]
@@ -173,6 +179,8 @@ impl Kinded for Error {
             Error::Cdi { source, .. } => source.kind(),
             Error::Class { source, .. } => source.kind(),
             Error::Label { source, .. } => source.kind(),
+            Error::Nri { source, .. } => source.kind(),
+            Error::NotASpec { .. } => Kind::Precondition,
             Error::NoMappedLayers { .. } => Kind::Precondition,
             Error::SubPath { source, .. } | Error::Volume { source, .. }
                 if matches!(
@@ -237,6 +245,8 @@ pub struct Services {
     pub cdi: cdi::Devices,
     /// Classes of block I/O.
     pub blockio: classes::BlockIo,
+    /// NRI plugins.
+    pub nri: crate::nri::Nri,
     /// What became of the default AppArmor profile.
     pub apparmor: crate::apparmor::State,
 }
@@ -338,7 +348,7 @@ impl Pod {
     /// waiting.
     async fn ask(&self, request: task::Request) -> Shared<task::Answer> {
         let (reply, answer) = oneshot::channel();
-        let command = task::Command::Request { request, reply };
+        let command = task::Command::Request { request, reply, cause: tracing::Span::current() };
         self.commands.send(command).await.map_err(|_| Arc::new(Error::Closed))?;
         answer.await.map_err(|_| Arc::new(Error::Closed))?
     }
@@ -453,6 +463,40 @@ impl Pods {
         let pod = index.pods.get(pod).ok_or_else(|| Error::NoContainer(id.to_owned()))?;
         let view = pod.container(full)?;
         Ok((pod.clone(), view))
+    }
+
+    /// Connections to the shims of ready pods by their state, and commands that wait for owners.
+    pub(crate) fn load(&self) -> (BTreeMap<&'static str, u64>, u64) {
+        let mut shims = BTreeMap::from([("connected", 0), ("pending", 0), ("down", 0)]);
+        let mut queued = 0;
+        for pod in self.index().pods.values() {
+            queued += (pod.commands.max_capacity() - pod.commands.capacity()) as u64;
+            if pod.view.borrow().record.state == PodState::Ready {
+                let state = match &*pod.link.borrow() {
+                    Link::Up(_) => "connected",
+                    Link::Pending => "pending",
+                    Link::Down => "down",
+                };
+                *shims.entry(state).or_default() += 1;
+            }
+        }
+        (shims, queued)
+    }
+
+    /// Whether there is such a pod.
+    pub fn has_pod(&self, id: &PodId) -> bool {
+        self.index().pods.contains_key(id)
+    }
+
+    /// A container and its pod, by its whole id.
+    fn find_container_exactly(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), Error> {
+        let pod = {
+            let index = self.index();
+            index.containers.get(id).and_then(|pod| index.pods.get(pod)).cloned()
+        };
+        let pod = pod.ok_or_else(|| Error::NoContainer(id.to_owned()))?;
+        let view = pod.container(&id.parse().map_err(|_| Error::NoContainer(id.to_owned()))?)?;
+        Ok((pod, view))
     }
 
     /// Whether there is such a container.
@@ -590,7 +634,9 @@ impl Pods {
     pub async fn update(&self, id: &str, resources: Resources) -> Shared<()> {
         let (pod, container) = self.find_container(id).map_err(Arc::new)?;
         let id = container.record.id.clone();
-        pod.ask(task::Request::Update { id, resources: Box::new(resources) }).await.map(drop)
+        // Its own task: what plugins were asked is carried through, whoever goes.
+        let update = self.clone().update_with_plugins(pod, id, resources);
+        self.tracker.spawn(update).await.unwrap_or(Err(Arc::new(Error::Panicked)))
     }
 
     /// Keeps a pod's new overhead and the new sum of its containers' resources. The pod's cgroup is
@@ -602,8 +648,8 @@ impl Pods {
         resources: Option<Resources>,
     ) -> Shared<()> {
         let pod = self.find(id).map_err(Arc::new)?;
-        let change = Box::new((overhead, resources));
-        pod.ask(task::Request::UpdatePod { change }).await.map(drop)
+        let update = self.clone().update_pod_with_plugins(pod, overhead, resources);
+        self.tracker.spawn(update).await.unwrap_or(Err(Arc::new(Error::Panicked)))
     }
 
     /// Stops a pod: kills its containers, takes its network away. Fine if it is stopped or not

@@ -15,6 +15,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tracing::{debug, warn};
 
+use crate::metrics::Counted;
+
 /// Requests under way on one connection: the kubelet has one for all of a node's pods.
 const STREAMS: u32 = 4096;
 
@@ -50,7 +52,7 @@ async fn connection(stream: UnixStream, routes: Routes, stop: CancellationToken)
     let served = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .max_concurrent_streams(STREAMS)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(Counted(routes)));
     tokio::pin!(served);
     let ended = tokio::select! {
         ended = &mut served => ended,

@@ -132,9 +132,17 @@ impl Shims {
 
     /// Starts a pod's shim and connects to it.
     pub async fn start(&self, id: &PodId) -> Result<(Endpoint, Client), client::Error> {
-        let endpoint = self.command(id.as_str(), &self.pod_bundle(id), None).start(BINARY).await?;
-        let client = self.connect(&endpoint).await?;
-        Ok((endpoint, client))
+        let since = std::time::Instant::now();
+        let started = async {
+            let command = self.command(id.as_str(), &self.pod_bundle(id), None);
+            let endpoint = command.start(BINARY).await?;
+            let client = self.connect(&endpoint).await?;
+            Ok((endpoint, client))
+        };
+        let started = started.await;
+        let result = if started.is_ok() { "ok" } else { "error" };
+        crate::metrics::counts().shim_start(since, result);
+        started
     }
 
     /// Starts a shim where a pod's shim has died, and has it take over what that one had: its
@@ -165,7 +173,8 @@ impl Shims {
     pub async fn connect(&self, endpoint: &Endpoint) -> Result<Client, client::Error> {
         // Longer than the runtime's own deadline: the shim's answer names what hung, ours would not.
         let deadline = self.timeout + Duration::from_secs(5);
-        Ok(Client::connect(endpoint, CONNECT).await?.with_deadline(deadline))
+        let client = Client::connect(endpoint, CONNECT).await?;
+        Ok(client.with_deadline(deadline).with_observer(&OBSERVER))
     }
 
     /// Cleans up after a container whose shim is dead: kills what is left of it and says how it
@@ -190,6 +199,22 @@ impl Shims {
         self.command(id.as_str(), &self.pod_bundle(id), None).delete(BINARY).await
     }
 }
+
+/// What is noted of calls, and what they take along.
+static OBSERVER: client::Observer = client::Observer {
+    metadata: crate::trace::carried,
+    ended: |call, took, error| {
+        let result = match error {
+            None => "ok",
+            Some(client::ErrorKind::NotFound) => "not_found",
+            Some(client::ErrorKind::Deadline) => "deadline",
+            Some(client::ErrorKind::Closed) => "closed",
+            Some(_) => "error",
+        };
+        crate::metrics::counts().shim_call(call, took, result);
+        crate::trace::called(call, took, result);
+    },
+};
 
 /// Makes a directory that only we may enter.
 pub fn private_dir(path: &Path) -> std::io::Result<()> {

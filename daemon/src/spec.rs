@@ -40,7 +40,7 @@ mod selinux;
 pub mod user;
 
 pub use mounts::clean;
-pub use resources::{cgroups_path, own_cgroup, update};
+pub use resources::{cgroups_path, oom_score_adj, own_cgroup, pod_cgroup, update};
 pub use sandbox::sandbox;
 
 /// Our AppArmor profile, where the node has it loaded.

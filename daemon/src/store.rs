@@ -104,6 +104,11 @@ impl Store {
         Ok(Self { jobs })
     }
 
+    /// Jobs that wait.
+    pub fn queued(&self) -> usize {
+        self.jobs.max_capacity() - self.jobs.capacity()
+    }
+
     /// Runs `job` in a transaction and returns its result after the commit. A job that fails is
     /// undone alone; others of its batch are not.
     pub async fn call<R, F>(&self, job: F) -> Result<R, Error>
@@ -146,15 +151,21 @@ fn isolated<R>(
 
 fn serve(db: &Connection, mut queue: mpsc::Receiver<Job>) {
     let mut batch = Vec::with_capacity(BATCH);
+    let counts = crate::metrics::counts();
     while queue.blocking_recv_many(&mut batch, BATCH) > 0 {
+        let started = std::time::Instant::now();
+        counts.store_jobs.inc_by(batch.len() as u64);
         let begun = db.execute_batch("BEGIN IMMEDIATE");
         let replies: Vec<Reply> = batch.drain(..).map(|job| job(db)).collect();
         let commit = begun.and_then(|()| db.execute_batch("COMMIT"));
         let failure = commit.err().map(|e| {
             // The transaction may still be open (a full disk): leave nothing of it behind.
             let _ = db.execute_batch("ROLLBACK");
+            counts.store_commit_failures.inc();
             e.to_string()
         });
+        counts.store_commits.inc();
+        counts.store_commit_seconds.observe(started.elapsed().as_secs_f64());
         for reply in replies {
             reply(failure.as_deref());
         }

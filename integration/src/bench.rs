@@ -9,6 +9,8 @@ pub mod floor;
 pub mod peer;
 mod pull;
 pub mod samples;
+pub mod shim;
+mod watch;
 
 use std::{
     fs,
@@ -67,14 +69,25 @@ pub enum Section {
     Lifecycle,
     /// Lists with many containers.
     List,
+    /// Lists, statuses, statistics and metrics with many running containers.
+    Watch,
     /// Pull of an image.
     Pull,
+    /// The shims alone, and ours under containerd.
+    Shim,
 }
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 5] =
-        [Self::Memory, Self::Restart, Self::Lifecycle, Self::List, Self::Pull];
+    pub const ALL: [Self; 7] = [
+        Self::Shim,
+        Self::Memory,
+        Self::Restart,
+        Self::Lifecycle,
+        Self::List,
+        Self::Watch,
+        Self::Pull,
+    ];
 
     /// As `--only` takes it.
     pub fn name(self) -> &'static str {
@@ -83,7 +96,9 @@ impl Section {
             Self::Restart => "restart",
             Self::Lifecycle => "lifecycle",
             Self::List => "list",
+            Self::Watch => "watch",
             Self::Pull => "pull",
+            Self::Shim => "shim",
         }
     }
 }
@@ -114,6 +129,29 @@ pub async fn run(plan: &Plan, samples: &mut Samples, facts: &mut Vec<String>) ->
     let image = registry.push("bench/busybox:1", &busybox).await?;
     let pause_image = Image::busybox()?.cmd(["/bin/sleep", "2147483647"]).build()?;
     let pause = registry.push("bench/pause:1", &pause_image).await?;
+
+    if plan.sections.contains(&Section::Shim) {
+        let ours = crate::binaries::binaries()?.shim;
+        shim::measure(&ours, &runc, plan.rounds, samples).await?;
+        if let Some(binary) = if plan.peer { peer::find()? } else { None } {
+            for (column, with) in [(HOLDFAST, Some(ours.as_path())), (CONTAINERD, None)] {
+                progress(format!("{column}'s shim under containerd"));
+                let peer =
+                    Containerd::start_with(&binary, &runc, registry.host(), &pause, with).await?;
+                for reference in [&image, &pause] {
+                    let request = api::PullImageRequest {
+                        image: Some(image_spec(reference)),
+                        ..Default::default()
+                    };
+                    peer.cri().images().pull_image(request).await?;
+                }
+                shim::under_containerd(column, &peer, &image, samples).await?;
+            }
+        }
+        if plan.sections == [Section::Shim] {
+            return Ok(());
+        }
+    }
 
     let mut sides = Vec::new();
     // The harness asks for debug lines; what is shipped logs at "info".
@@ -185,6 +223,9 @@ async fn sections(
     if wants(Section::List) {
         list(plan, samples, sides).await?;
     }
+    if wants(Section::Watch) {
+        watch::watch(plan, samples, sides).await?;
+    }
     if wants(Section::Pull) {
         pull::run(plan, samples, sides, registry).await?;
     }
@@ -195,7 +236,7 @@ async fn list(plan: &Plan, samples: &mut Samples, sides: &mut [Side]) -> Result<
     let (metric, pods, each) = if plan.quick { (LIST_QUICK, 5, 20) } else { (LIST, 10, 50) };
     for side in sides.iter_mut() {
         progress(format!("{} containers for {}", pods * each, side.column));
-        side.fill(pods, each).await?;
+        side.fill(pods, each, &["/bin/true"]).await?;
     }
     for _ in 0..if plan.quick { 10 } else { 40 } {
         for side in sides.iter_mut() {
@@ -450,13 +491,13 @@ impl Side {
     }
 
     /// Pods with containers that were created and not started.
-    async fn fill(&mut self, pods: usize, each: usize) -> Result<()> {
+    async fn fill(&mut self, pods: usize, each: usize, argv: &[&str]) -> Result<()> {
         for _ in 0..pods {
             let (pod, config) = self.run_pod().await?;
             let requests: Vec<_> = (0..each)
                 .map(|number| {
                     let name = format!("c{number}");
-                    self.container_request(&pod, config.as_ref(), &name, &["/bin/true"])
+                    self.container_request(&pod, config.as_ref(), &name, argv)
                 })
                 .collect();
             stream::iter(requests)

@@ -46,6 +46,7 @@ macro_rules! with_each_runtime {
 
 pub mod bench;
 pub mod binaries;
+pub mod conformance;
 pub mod cri;
 pub mod fake;
 pub mod ground;
@@ -54,9 +55,12 @@ pub mod image;
 pub mod leaks;
 pub mod log;
 pub mod node;
+pub mod nri;
 pub mod pod;
+pub mod proxy;
 pub mod registry;
 pub mod tar;
+pub mod testshim;
 pub mod wait;
 
 pub use image::Image;

@@ -55,6 +55,7 @@ pub struct Builder {
     runtime_config: String,
     network_config: String,
     images_config: String,
+    nri_config: String,
     env: Vec<(String, String)>,
 }
 
@@ -70,6 +71,7 @@ impl Default for Builder {
             runtime_config: String::new(),
             network_config: String::new(),
             images_config: String::new(),
+            nri_config: String::new(),
             env: Vec::new(),
         }
     }
@@ -123,6 +125,12 @@ impl Builder {
     pub fn images_config(mut self, lines: &str) -> Self {
         self.images_config.push_str(lines);
         self.images_config.push('\n');
+        self
+    }
+    /// More lines of the table `[nri]`, and tables of it after them.
+    pub fn nri_config(mut self, lines: &str) -> Self {
+        self.nri_config.push_str(lines);
+        self.nri_config.push('\n');
         self
     }
     /// An environment variable of the daemon.
@@ -603,7 +611,7 @@ fn write_config(
         "version = 1\nroot = {root:?}\nstate = {state:?}\n\n[grpc]\nsocket = {socket:?}\n\n\
          [network]\nconf_dir = {conf:?}\nbin_dirs = [{bin:?}, \"/opt/cni/bin\", \"/usr/lib/cni\"]\n{network}\n\
          [images]\nhosts_dir = {hosts:?}\n{images}\n\
-         [nri]\nsocket = {nri:?}\nplugin_dir = {plugins:?}\nconf_dir = {plugin_conf:?}\n\n\
+         [nri]\nsocket = {nri:?}\nplugin_dir = {plugins:?}\nconf_dir = {plugin_conf:?}\n{nri_more}\n\
          [log]\nlevel = {level:?}\n\n\
          [runtime]\ndefault = {default:?}\nshim = {shim:?}\ncgroup_driver = \"cgroupfs\"\n{more}",
         root = at("root"),
@@ -615,6 +623,7 @@ fn write_config(
         nri = at("nri.sock"),
         plugins = at("nri/plugins"),
         plugin_conf = at("nri/conf.d"),
+        nri_more = node.nri_config,
         default = node.default_runtime,
         shim = binaries.shim.display().to_string(),
         network = node.network_config,

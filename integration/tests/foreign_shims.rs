@@ -1,10 +1,12 @@
-//! The daemon drives shims that are not ours: Debian's containerd-shim-runc-v2.
+//! The daemon drives shims that are not ours: Debian's containerd-shim-runc-v2, and two small ones on
+//! the `containerd-shim` crate, one for each generation of the contract.
 
 use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use holdfast_integration::{
     Node,
+    binaries::binaries,
     node::on,
     wait::{Look, eventually},
 };
@@ -18,10 +20,19 @@ async fn node() -> Result<(Node, String)> {
     let mut node = Node::builder()
         .config(&format!("[runtime.handlers.foreign]\nshim = {SHIM:?}\n"))
         .config(&format!("[runtime.handlers.bare]\nshim = {SHIM:?}\nsandbox = \"none\"\n"))
+        .config(&small("old")?)
+        .config(&small("new")?)
         .start()
         .await?;
     let image = node.busybox().await?;
     Ok((node, image))
+}
+
+/// The handler of a small shim.
+fn small(generation: &str) -> Result<String> {
+    let shim = binaries()?.shim.with_file_name(format!("holdfast-testshim-{generation}"));
+    ensure!(shim.is_file(), "{} is missing: run 'make test-bins'", shim.display());
+    Ok(format!("[runtime.handlers.{generation}]\nshim = {shim:?}\npath = \"runc\"\n"))
 }
 
 /// Pids of the foreign shims of a pod, by their command lines.
@@ -43,7 +54,7 @@ fn kill9(pid: i32) -> Result<()> {
 }
 
 async fn a_pods_life(handler: &str) -> Result<()> {
-    let (node, image) = node().await?;
+    let (mut node, image) = node().await?;
     let pod = node.pod("a").runtime(handler).run().await?;
     let status = pod.status().await?;
     assert_eq!(status.runtime_handler, handler);
@@ -67,6 +78,9 @@ async fn a_pods_life(handler: &str) -> Result<()> {
     }
     let failed = container.exec_sync(&["sh", "-c", "echo no >&2; exit 3"], 10).await?;
     assert_eq!((failed.exit_code, failed.stderr.as_slice()), (3, &b"no\n"[..]));
+    node.kill9()?;
+    node.restart().await?;
+    assert_eq!(container.sh("echo still here").await?, "still here");
     let stats = container.stats().await?;
     let used = stats.memory.unwrap_or_default().working_set_bytes.unwrap_or_default().value;
     ensure!(used > 0, "no memory is used");
@@ -87,6 +101,16 @@ async fn a_pod_lives_in_a_foreign_shim_with_a_sandbox_container() -> Result<()> 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_lives_in_a_foreign_shim_without_one() -> Result<()> {
     a_pods_life("bare").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_lives_in_a_small_shim_of_the_older_generation() -> Result<()> {
+    a_pods_life("old").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_lives_in_a_small_shim_of_the_newer_generation() -> Result<()> {
+    a_pods_life("new").await
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,7 +7,7 @@
 //! is read. Freezing does not sync the store's own file system: what was not written through is not in
 //! the copy.
 //!
-//! `HOLDFAST_POWER_CUTS` is how often (default 10; `make soak` cuts 200 times).
+//! `HOLDFAST_POWER_CUTS` is how often (default 10; `make power-cuts` cuts 200 times).
 
 use std::{
     fs::{self, File},

@@ -2,7 +2,9 @@
 //!
 //! - [`cri`]: the Kubernetes Container Runtime Interface v1, from `proto/cri.proto`.
 //! - [`admin`]: what our command line needs beyond the CRI, from `proto/admin.proto`.
+//! - [`containerd`]: what the kubelet's cAdvisor calls, from `proto/containerd`.
 //! - [`images`]: the same for images, from `proto/images.proto`.
+//! - [`nri`]: the Node Resource Interface's plugin protocol, from `proto/nri.proto`.
 //! - [`shim`]: containerd's shim services over ttrpc, re-exported from `containerd-shim-protos`.
 
 /// CRI v1 (package `runtime.v1`) as of Kubernetes 1.37.
@@ -21,6 +23,44 @@ pub mod admin {
     tonic::include_proto!("holdfast.admin.v1");
     /// The compiled `FileDescriptorSet` of this package.
     pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/admin.proto.bin"));
+}
+
+/// The few gRPC services of containerd that the kubelet's cAdvisor calls, without what changes
+/// anything. The modules' nesting is that of the packages.
+#[cfg(feature = "containerd")]
+#[allow(unreachable_pub, clippy::all, reason = "generated")]
+pub mod containerd {
+    pub mod services {
+        pub mod version {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.version.v1");
+            }
+        }
+        pub mod containers {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.containers.v1");
+            }
+        }
+        pub mod tasks {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.tasks.v1");
+            }
+        }
+    }
+    pub mod v1 {
+        pub mod types {
+            tonic::include_proto!("containerd.v1.types");
+        }
+    }
+}
+
+/// NRI (package `nri.pkg.api.v1alpha1`): messages alone, the services are spoken over ttrpc.
+#[cfg(feature = "nri")]
+#[allow(unreachable_pub, clippy::all, reason = "generated")]
+pub mod nri {
+    include!(concat!(env!("OUT_DIR"), "/nri.pkg.api.v1alpha1.rs"));
+    /// The compiled `FileDescriptorSet` of this package.
+    pub const DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/nri.proto.bin"));
 }
 
 /// The Images service (package `holdfast.images.v1`).

@@ -1,9 +1,11 @@
-//! The compiled CRI descriptor against the interface's published table, item by item.
+//! The compiled descriptors of the CRI and of NRI against the interfaces' published tables, item by
+//! item.
 //!
-//! The table is a text file that is not part of this repository: its path is taken from
-//! `HOLDFAST_CRI_WIRE_TABLE`, else `../shared/reference/cri-v1-wire.txt` beside the workspace. A
-//! checkout without it compares the descriptor with the counts and the fingerprint below, which were
-//! taken when descriptor and table agreed, so a change of the wire cannot go unnoticed anywhere.
+//! A table is a text file that is not part of this repository: its path is taken from
+//! `HOLDFAST_CRI_WIRE_TABLE` or `HOLDFAST_NRI_WIRE_TABLE`, else it is looked for in
+//! `../shared/reference/` beside the workspace. A checkout without it compares the descriptor with the
+//! counts and the fingerprint below, which were taken when descriptor and table agreed, so a change of
+//! the wire cannot go unnoticed anywhere.
 //!
 //! Both sides are brought into one shape: a map from a name (`VersionRequest`, `VersionRequest.version`,
 //! `RuntimeService/Version`) to what is said about it (`1 string`, …). Comparing maps finds what is
@@ -15,51 +17,81 @@ use prost_reflect::{
     Cardinality, DescriptorPool, EnumDescriptor, FieldDescriptor, Kind, MessageDescriptor,
 };
 
-const PACKAGE: &str = "runtime.v1";
+/// An interface that others define.
+struct Interface {
+    package: &'static str,
+    descriptor: &'static [u8],
+    /// Where the table is: variable, and file beside the workspace.
+    table: (&'static str, &'static str),
+    /// For checkouts without the table: rpcs, messages, fields, enums, enum values.
+    counts: [usize; 5],
+    fingerprint: u64,
+}
 
-/// What the interface of Kubernetes 1.37 has, for checkouts without the table.
-const RPCS: usize = 43;
-const MESSAGES: usize = 175;
-const FIELDS: usize = 478;
-const ENUMS: usize = 11;
-const VALUES: usize = 95;
-const FINGERPRINT: u64 = 0xa840_5529_545c_347f;
+/// As of Kubernetes 1.37.
+const CRI: Interface = Interface {
+    package: "runtime.v1",
+    descriptor: holdfast_protos::cri::DESCRIPTOR_SET,
+    table: ("HOLDFAST_CRI_WIRE_TABLE", "cri-v1-wire.txt"),
+    counts: [43, 175, 478, 11, 95],
+    fingerprint: 0xa840_5529_545c_347f,
+};
+
+const NRI: Interface = Interface {
+    package: "nri.pkg.api.v1alpha1",
+    descriptor: holdfast_protos::nri::DESCRIPTOR_SET,
+    table: ("HOLDFAST_NRI_WIRE_TABLE", "nri-v1alpha1-wire.txt"),
+    counts: [21, 84, 248, 10, 99],
+    fingerprint: 0xd951_7fd2_3708_951a,
+};
 
 type Items = BTreeMap<String, String>;
 
 #[test]
-fn the_descriptor_is_the_published_interface() {
-    let ours = descriptor();
-    let path = table_path();
+fn the_descriptors_are_the_published_interfaces() {
+    for interface in [CRI, NRI] {
+        compare(&interface);
+    }
+}
+
+fn compare(interface: &Interface) {
+    let ours = descriptor(interface);
+    let path = table_path(interface);
     match fs::read_to_string(&path) {
         Ok(text) => {
             let table = parse(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             let differences = differences(&table, &ours);
             assert!(
                 differences.is_empty(),
-                "cri.proto differs from {}:\n{differences}",
+                "{} differs from {}:\n{differences}",
+                interface.package,
                 path.display()
             );
             println!("compared {} items with {}", table.len(), path.display());
         }
         Err(error) => eprintln!(
-            "NOT compared with the published table ({}: {error}): set HOLDFAST_CRI_WIRE_TABLE to \
-             its path; the committed fingerprint is checked instead",
-            path.display()
+            "NOT compared with the published table ({}: {error}): set {} to its path; the committed \
+             fingerprint is checked instead",
+            path.display(),
+            interface.table.0
         ),
     }
 }
 
 #[test]
-fn the_descriptor_has_the_committed_fingerprint() {
-    let ours = descriptor();
-    let count = |mark: &str| ours.values().filter(|value| value.starts_with(mark)).count();
-    assert_eq!(
-        [count("rpc"), count("message"), count("field"), count("enum"), count("value")],
-        [RPCS, MESSAGES, FIELDS, ENUMS, VALUES],
-        "rpcs, messages, fields, enums, enum values"
-    );
-    assert_eq!(fingerprint(&ours), FINGERPRINT, "{:#x}", fingerprint(&ours));
+fn the_descriptors_have_the_committed_fingerprints() {
+    for interface in [CRI, NRI] {
+        let ours = descriptor(&interface);
+        let count = |mark: &str| ours.values().filter(|value| value.starts_with(mark)).count();
+        assert_eq!(
+            [count("rpc"), count("message"), count("field"), count("enum"), count("value")],
+            interface.counts,
+            "{}: rpcs, messages, fields, enums, enum values",
+            interface.package
+        );
+        let found = fingerprint(&ours);
+        assert_eq!(found, interface.fingerprint, "{}: {found:#x}", interface.package);
+    }
 }
 
 #[test]
@@ -92,12 +124,11 @@ fn a_difference_of_every_sort_is_found() {
     assert!(parse("").is_err());
 }
 
-fn table_path() -> PathBuf {
-    match env::var_os("HOLDFAST_CRI_WIRE_TABLE") {
+fn table_path(interface: &Interface) -> PathBuf {
+    let (variable, file) = interface.table;
+    match env::var_os(variable) {
         Some(path) => path.into(),
-        None => {
-            PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/reference/cri-v1-wire.txt")
-        }
+        None => PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/reference").join(file),
     }
 }
 
@@ -164,9 +195,10 @@ fn parse(text: &str) -> Result<Items, String> {
     if items.contains_key("package") { Ok(items) } else { Err("no package line".into()) }
 }
 
-/// What was compiled from `cri.proto`.
-fn descriptor() -> Items {
-    let pool = DescriptorPool::decode(holdfast_protos::cri::DESCRIPTOR_SET).unwrap();
+/// What was compiled from the `.proto` file.
+fn descriptor(interface: &Interface) -> Items {
+    let pool = DescriptorPool::decode(interface.descriptor).unwrap();
+    let local = |name: &str| local(interface.package, name);
     let mut items = Items::new();
     for file in pool.files() {
         let syntax = file.file_descriptor_proto().syntax().to_owned();
@@ -188,29 +220,29 @@ fn descriptor() -> Items {
         }
     }
     for message in pool.all_messages().filter(|message| !message.is_map_entry()) {
-        add_message(&mut items, &message);
+        add_message(&mut items, interface.package, &message);
     }
     for item in pool.all_enums() {
-        add_enum(&mut items, &item);
+        add_enum(&mut items, interface.package, &item);
     }
     items
 }
 
-fn add_message(items: &mut Items, message: &MessageDescriptor) {
-    let owner = local(message.full_name());
+fn add_message(items: &mut Items, package: &str, message: &MessageDescriptor) {
+    let owner = local(package, message.full_name());
     items.insert(owner.clone(), "message".into());
     assert_eq!(message.oneofs().count(), 0, "{owner}: the table knows no oneof");
     for field in message.fields() {
         let deprecated = if is_deprecated(&field) { " deprecated" } else { "" };
         items.insert(
             format!("{owner}.{}", field.name()),
-            format!("field {} {}{deprecated}", field.number(), type_of(&field)),
+            format!("field {} {}{deprecated}", field.number(), type_of(package, &field)),
         );
     }
 }
 
-fn add_enum(items: &mut Items, item: &EnumDescriptor) {
-    let owner = local(item.full_name());
+fn add_enum(items: &mut Items, package: &str, item: &EnumDescriptor) {
+    let owner = local(package, item.full_name());
     items.insert(owner.clone(), "enum".into());
     for value in item.values() {
         items.insert(format!("{owner}.{}", value.name()), format!("value {}", value.number()));
@@ -218,7 +250,8 @@ fn add_enum(items: &mut Items, item: &EnumDescriptor) {
 }
 
 /// The type as the table writes it.
-fn type_of(field: &FieldDescriptor) -> String {
+fn type_of(package: &str, field: &FieldDescriptor) -> String {
+    let kind = |of: &Kind| kind(package, of);
     if field.is_map() {
         let Kind::Message(entry) = field.kind() else { unreachable!("a map is made of entries") };
         return format!(
@@ -239,10 +272,10 @@ fn type_of(field: &FieldDescriptor) -> String {
     }
 }
 
-fn kind(kind: &Kind) -> String {
+fn kind(package: &str, kind: &Kind) -> String {
     match kind {
-        Kind::Message(message) => local(message.full_name()),
-        Kind::Enum(item) => local(item.full_name()),
+        Kind::Message(message) => local(package, message.full_name()),
+        Kind::Enum(item) => local(package, item.full_name()),
         scalar => format!("{scalar:?}"),
     }
 }
@@ -252,10 +285,10 @@ fn is_deprecated(field: &FieldDescriptor) -> bool {
 }
 
 /// A name without the package, as the table writes it.
-fn local(full_name: &str) -> String {
+fn local(package: &str, full_name: &str) -> String {
     full_name
-        .strip_prefix(PACKAGE)
+        .strip_prefix(package)
         .and_then(|rest| rest.strip_prefix('.'))
-        .unwrap_or_else(|| panic!("{full_name} is not in package {PACKAGE}"))
+        .unwrap_or_else(|| panic!("{full_name} is not in package {package}"))
         .to_owned()
 }

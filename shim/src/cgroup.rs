@@ -45,6 +45,8 @@ pub struct Stats {
     pub pids: Pids,
     /// Block devices.
     pub io: Vec<Io>,
+    /// Stall information of block devices (version 2, beside version 1 too).
+    pub io_pressure: Option<Pressure>,
     /// Huge pages.
     pub hugetlb: Vec<HugePages>,
 }
@@ -64,7 +66,7 @@ pub struct Cpu {
     pub throttled_periods: u64,
     /// How long it was throttled, in nanoseconds.
     pub throttled_ns: u64,
-    /// Stall information (version 2).
+    /// Stall information (version 2, beside version 1 too).
     pub pressure: Option<Pressure>,
 }
 
@@ -83,6 +85,12 @@ pub struct Memory {
     pub mapped_file: Option<u64>,
     /// Inactive file cache.
     pub inactive_file: Option<u64>,
+    /// Active file cache.
+    pub active_file: Option<u64>,
+    /// Kernel memory.
+    pub kernel: Option<u64>,
+    /// How often usage met the limit.
+    pub limit_hits: Option<u64>,
     /// Most ever charged.
     pub peak: Option<u64>,
     /// Limit.
@@ -95,9 +103,11 @@ pub struct Memory {
     pub swap: Option<u64>,
     /// Limit of swap alone (version 2), or of memory and swap together (version 1).
     pub swap_limit: Option<u64>,
+    /// Swap that may still be used, by the limits.
+    pub swap_available: Option<u64>,
     /// Processes that the kernel killed for want of memory.
     pub oom_kills: Option<u64>,
-    /// Stall information (version 2).
+    /// Stall information (version 2, beside version 1 too).
     pub pressure: Option<Pressure>,
 }
 
@@ -559,6 +569,10 @@ impl Cgroup {
             let of = |key| memory.get(key).copied();
             let usage = number(&dir.join("memory.usage_in_bytes"));
             let swapped = number(&dir.join("memory.memsw.usage_in_bytes"));
+            let swap = of("total_swap")
+                .or_else(|| Some(swapped?.saturating_sub(usage.unwrap_or_default())));
+            let limit = limit_v1(number(&dir.join("memory.limit_in_bytes")));
+            let both = limit_v1(number(&dir.join("memory.memsw.limit_in_bytes")));
             stats.memory = Memory {
                 usage,
                 working_set: working_set(usage, of("total_inactive_file")),
@@ -566,13 +580,20 @@ impl Cgroup {
                 cache: of("total_cache"),
                 mapped_file: of("total_mapped_file"),
                 inactive_file: of("total_inactive_file"),
+                active_file: of("total_active_file"),
+                kernel: number(&dir.join("memory.kmem.usage_in_bytes")),
+                limit_hits: number(&dir.join("memory.failcnt")),
                 peak: number(&dir.join("memory.max_usage_in_bytes")),
-                limit: limit_v1(number(&dir.join("memory.limit_in_bytes"))),
+                limit,
                 page_faults: of("total_pgfault"),
                 major_page_faults: of("total_pgmajfault"),
-                swap: of("total_swap")
-                    .or_else(|| Some(swapped?.saturating_sub(usage.unwrap_or_default()))),
-                swap_limit: limit_v1(number(&dir.join("memory.memsw.limit_in_bytes"))),
+                swap,
+                swap_limit: both,
+                // The limit is of both, so what memory may take is not swap's.
+                swap_available: both.map(|both| {
+                    let alone = both.saturating_sub(limit.unwrap_or_default());
+                    alone.saturating_sub(swap.unwrap_or_default())
+                }),
                 oom_kills: self.oom_kills(),
                 pressure: None,
             };
@@ -586,6 +607,12 @@ impl Cgroup {
         if let Some(dir) = self.controller("hugetlb") {
             stats.hugetlb = huge_pages(dir, ".usage_in_bytes", ".max_usage_in_bytes");
         }
+        // Every directory of the version 2 hierarchy has these, whatever controllers it lacks.
+        if let Some(dir) = self.unified() {
+            stats.cpu.pressure = pressure(&dir.join("cpu.pressure"));
+            stats.memory.pressure = pressure(&dir.join("memory.pressure"));
+            stats.io_pressure = pressure(&dir.join("io.pressure"));
+        }
         stats
     }
 }
@@ -597,6 +624,8 @@ fn stats_v2(dir: &Path) -> Stats {
     let of = |key| memory.get(key).copied();
     let usage = number(&dir.join("memory.current"));
     let events = keyed(&dir.join("memory.events"));
+    let swap = number(&dir.join("memory.swap.current"));
+    let swap_limit = number(&dir.join("memory.swap.max"));
     Stats {
         cpu: Cpu {
             usage_ns: cpu_of("usage_usec").map(|us| us * 1000),
@@ -614,12 +643,16 @@ fn stats_v2(dir: &Path) -> Stats {
             cache: of("file"),
             mapped_file: of("file_mapped"),
             inactive_file: of("inactive_file"),
+            active_file: of("active_file"),
+            kernel: of("kernel"),
+            limit_hits: events.as_ref().and_then(|events| events.get("max").copied()),
             peak: number(&dir.join("memory.peak")),
             limit: number(&dir.join("memory.max")),
             page_faults: of("pgfault"),
             major_page_faults: of("pgmajfault"),
-            swap: number(&dir.join("memory.swap.current")),
-            swap_limit: number(&dir.join("memory.swap.max")),
+            swap,
+            swap_limit,
+            swap_available: swap_limit.map(|limit| limit.saturating_sub(swap.unwrap_or_default())),
             oom_kills: events.map(|events| {
                 let of = |key| events.get(key).copied().unwrap_or_default();
                 of("oom_kill").max(of("oom_group_kill"))
@@ -628,6 +661,7 @@ fn stats_v2(dir: &Path) -> Stats {
         },
         pids: pids(dir),
         io: io_v2(dir),
+        io_pressure: pressure(&dir.join("io.pressure")),
         hugetlb: huge_pages(dir, ".current", ".peak"),
     }
 }
@@ -926,6 +960,7 @@ mod tests {
             ("memory.stat", "anon 1000\nfile 3000\ninactive_file 2000\npgfault 7\npgmajfault 1\n"),
             ("memory.events", "low 0\nhigh 0\nmax 4\noom 2\noom_kill 2\noom_group_kill 1\n"),
             ("memory.swap.current", "10\n"),
+            ("memory.swap.max", "30\n"),
             (
                 "memory.pressure",
                 "some avg10=1.50 avg60=0.25 avg300=0.00 total=99\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=1\n",
@@ -944,6 +979,8 @@ mod tests {
         assert_eq!(stats.memory.working_set, Some(3000));
         assert_eq!(stats.memory.limit, None);
         assert_eq!(stats.memory.oom_kills, Some(2));
+        assert_eq!(stats.memory.limit_hits, Some(4));
+        assert_eq!(stats.memory.swap_available, Some(20));
         assert_eq!(stats.memory.pressure.unwrap().some.avg10, 1.5);
         assert_eq!(stats.memory.pressure.unwrap().full.total, 1);
         assert_eq!(stats.pids, Pids { current: Some(4), limit: Some(100) });
@@ -957,7 +994,9 @@ mod tests {
         let memory = dir.path().join("memory");
         fs::create_dir_all(memory.join("child")).unwrap();
         fs::write(memory.join("memory.usage_in_bytes"), "100\n").unwrap();
-        fs::write(memory.join("memory.limit_in_bytes"), "9223372036854771712\n").unwrap();
+        fs::write(memory.join("memory.limit_in_bytes"), "1000\n").unwrap();
+        fs::write(memory.join("memory.memsw.limit_in_bytes"), "1500\n").unwrap();
+        fs::write(memory.join("memory.memsw.usage_in_bytes"), "120\n").unwrap();
         fs::write(memory.join("memory.stat"), "rss 1\ntotal_rss 40\ntotal_inactive_file 300\n")
             .unwrap();
         let control = "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n";
@@ -966,8 +1005,16 @@ mod tests {
         let cgroup = Cgroup::from_paths(None, [("memory".to_owned(), memory)]);
         let stats = cgroup.stats();
         assert_eq!(stats.memory.oom_kills, Some(2));
-        assert_eq!(stats.memory.limit, None);
+        assert_eq!(stats.memory.limit, Some(1000));
+        assert_eq!(stats.memory.swap, Some(20));
+        assert_eq!(stats.memory.swap_available, Some(480));
         assert_eq!(stats.memory.working_set, Some(0));
+        fs::write(
+            cgroup.controller("memory").unwrap().join("memory.limit_in_bytes"),
+            "9223372036854771712\n",
+        )
+        .unwrap();
+        assert_eq!(cgroup.stats().memory.limit, None);
         assert_eq!(stats.memory.rss, Some(40));
     }
 

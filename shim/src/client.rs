@@ -156,6 +156,8 @@ impl Error {
         match error {
             ttrpc::Error::RpcStatus(status) => {
                 let kind = match status.code() {
+                    // What ttrpc for Rust says of a method that a shim does not have.
+                    _ if lacks_method(&status.message) => ErrorKind::Unimplemented,
                     Code::NOT_FOUND => ErrorKind::NotFound,
                     Code::ALREADY_EXISTS => ErrorKind::AlreadyExists,
                     Code::FAILED_PRECONDITION | Code::ABORTED => ErrorKind::Precondition,
@@ -184,6 +186,18 @@ impl Error {
             | ttrpc::Error::Eof => Error::Closed { call },
         }
     }
+}
+
+/// Whether the words of a refusal are those of ttrpc for Rust for a service or a method that is not
+/// there: `/service/Method does not exist`, `/service/Method is not supported`. Their codes are those
+/// of a bad argument and of a container that is gone.
+fn lacks_method(message: &str) -> bool {
+    let method = message
+        .strip_suffix(" does not exist")
+        .or_else(|| message.strip_suffix(" is not supported"));
+    method.is_some_and(|method| {
+        method.starts_with("/containerd.") && !method.contains(char::is_whitespace)
+    })
 }
 
 /// Where a running shim listens.
@@ -464,6 +478,7 @@ impl Command {
             command.current_dir(cwd);
         }
         let mut child = command.spawn().map_err(spawn)?;
+        let group = child.id().map(|pid| nix::unistd::Pid::from_raw(pid.cast_signed()));
         let mut stdin = child.stdin.take().expect("standard input is piped");
         let stdout = child.stdout.take().expect("standard output is piped");
         let stderr = child.stderr.take().expect("standard error is piped");
@@ -502,9 +517,17 @@ impl Command {
             let status = status.map_err(io)?;
             Ok::<_, Error>((status, out, err))
         };
-        let (status, out, err) = tokio::time::timeout(deadline, whole)
-            .await
-            .map_err(|_| Error::Deadline { call: action, deadline })??;
+        let (status, out, err) = match tokio::time::timeout(deadline, whole).await {
+            Ok(done) => done?,
+            Err(_) => {
+                // What it has started to do its work goes with it; a shim that it has left behind
+                // is in a group of its own.
+                if let Some(group) = group {
+                    let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+                }
+                return Err(Error::Deadline { call: action, deadline });
+            }
+        };
         if !status.success() {
             let said = String::from_utf8_lossy(if err.is_empty() { &out } else { &err })
                 .trim()
@@ -544,6 +567,10 @@ fn parse_endpoint(output: &[u8]) -> Option<Endpoint> {
             || scheme.is_some_and(|s| s.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'+'))
         {
             return endpoint(2, said, "ttrpc");
+        }
+        // Some shims print more than they should; what counts comes last.
+        if let Some((_, last)) = said.rsplit_once('\n') {
+            return parse_endpoint(last.as_bytes());
         }
     }
     let result = BootstrapResult::parse_from_bytes(output).ok()?;
@@ -690,6 +717,17 @@ pub struct Client {
     gone: watch::Receiver<()>,
     deadline: Duration,
     version2: Arc<AtomicBool>,
+    pinned: bool,
+    observer: Option<&'static Observer>,
+}
+
+/// Who watches calls.
+#[derive(Debug)]
+pub struct Observer {
+    /// What a call takes along as ttrpc metadata, asked when it begins.
+    pub metadata: fn() -> Vec<(String, String)>,
+    /// A call has ended: its name, how long it took, and what went wrong. Waits are not told.
+    pub ended: fn(&'static str, Duration, Option<ErrorKind>),
 }
 
 impl std::fmt::Debug for Client {
@@ -701,6 +739,13 @@ impl std::fmt::Debug for Client {
 type Called<T> = Result<T, Error>;
 
 impl Client {
+    /// Tells `observer` of every call.
+    #[must_use]
+    pub fn with_observer(mut self, observer: &'static Observer) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
     /// Connects; a shim that is just starting is waited for, up to `deadline`.
     ///
     /// # Errors
@@ -718,6 +763,8 @@ impl Client {
             gone,
             deadline: Duration::from_secs(60),
             version2: Arc::new(AtomicBool::new(endpoint.version < 3)),
+            pinned: false,
+            observer: None,
         })
     }
 
@@ -725,6 +772,14 @@ impl Client {
     #[must_use]
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        self
+    }
+
+    /// The same connection, which asks for the version of its endpoint and no other: a shim that
+    /// promises version 3 and has only 2 is then refused instead of taken.
+    #[must_use]
+    pub fn pinned(mut self) -> Self {
+        self.pinned = true;
         self
     }
 
@@ -1098,12 +1153,19 @@ impl Client {
         if !self.version2.load(Ordering::Relaxed) {
             match self.call(call, TASK_V3, method, request, deadline).await {
                 // A shim may promise version 3 and have only 2.
-                Err(Error::Refused { kind: ErrorKind::Unimplemented, .. }) => {
+                Err(refused @ Error::Refused { kind: ErrorKind::Unimplemented, .. })
+                    if !self.pinned =>
+                {
                     let reply = self.call(call, TASK_V2, method, request, deadline).await;
-                    if reply.is_ok() {
-                        self.version2.store(true, Ordering::Relaxed);
-                    }
-                    return reply;
+                    return match reply {
+                        // It has neither; what it said first is what was asked for.
+                        Err(Error::Refused { kind: ErrorKind::Unimplemented, .. }) => Err(refused),
+                        Ok(reply) => {
+                            self.version2.store(true, Ordering::Relaxed);
+                            Ok(reply)
+                        }
+                        error => error,
+                    };
                 }
                 reply => return reply,
             }
@@ -1112,6 +1174,23 @@ impl Client {
     }
 
     async fn call<R: Message>(
+        &self,
+        call: &'static str,
+        service: &str,
+        method: &str,
+        request: &impl Message,
+        deadline: Option<Duration>,
+    ) -> Called<R> {
+        let started = tokio::time::Instant::now();
+        let result = self.call_unobserved(call, service, method, request, deadline).await;
+        // What has no deadline is a wait: how long it takes says nothing of the shim.
+        if let Some(observer) = self.observer.filter(|_| deadline.is_some()) {
+            (observer.ended)(call, started.elapsed(), result.as_ref().err().map(Error::kind));
+        }
+        result
+    }
+
+    async fn call_unobserved<R: Message>(
         &self,
         call: &'static str,
         service: &str,
@@ -1128,6 +1207,12 @@ impl Client {
         envelope.timeout_nano = deadline
             .map(|deadline| deadline.saturating_add(Duration::from_secs(1)).as_nanos())
             .map_or(0, |nanos| i64::try_from(nanos).unwrap_or(i64::MAX));
+        if let Some(observer) = self.observer {
+            envelope.metadata = (observer.metadata)()
+                .into_iter()
+                .map(|(key, value)| ttrpc::proto::KeyValue { key, value, ..Default::default() })
+                .collect();
+        }
         envelope.payload = request.write_to_bytes().map_err(|e| other(e.to_string()))?;
         let expired = async {
             match deadline {
@@ -1191,7 +1276,9 @@ async fn open(address: &str) -> io::Result<Socket> {
         .find_map(|scheme| address.strip_prefix(scheme))
         .unwrap_or(address);
     if path.is_empty() || path.contains("://") {
-        let message = format!("no shim address: {address:?}");
+        let message = format!(
+            "{address:?} is no address that can be reached: known are unix, ttrpc+unix and vsock"
+        );
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
     let stream = if path.starts_with('/') {
@@ -1268,6 +1355,19 @@ mod tests {
         let json = br#"{"version":3,"address":"unix:///run/s/a","protocol":"ttrpc"}"#;
         assert_eq!(parse_endpoint(json), endpoint(3));
         assert_eq!(parse_endpoint(b"unix:///run/s/a\n"), endpoint(2));
+        let noisy = [&b"warning: old kernel\nreading config\n"[..], json].concat();
+        assert_eq!(parse_endpoint(&noisy), endpoint(3));
+        assert_eq!(parse_endpoint(b"hello\nunix:///run/s/a\n"), endpoint(2));
+    }
+
+    #[test]
+    fn a_method_that_is_not_there_is_not_taken_for_a_container_that_is_gone() {
+        assert!(lacks_method("/containerd.task.v2.Task/Pids is not supported"));
+        assert!(lacks_method("/containerd.task.v3.Task/Connect does not exist"));
+        for other in ["container c1 does not exist", "/containerd.x y does not exist", "not found"]
+        {
+            assert!(!lacks_method(other), "{other}");
+        }
     }
 
     #[test]
@@ -1275,6 +1375,7 @@ mod tests {
         for answer in [
             &b""[..],
             b"hello",
+            b"hello\nworld",
             br#"{"version":4,"address":"unix:///a","protocol":"ttrpc"}"#,
             br#"{"version":3,"address":"unix:///a","protocol":"grpc"}"#,
             br#"{"version":3,"address":"","protocol":"ttrpc"}"#,

@@ -8,6 +8,10 @@
 //! - feature `server`: everything behind the `containerd-shim-holdfast-v2` binary, entered by
 //!   [`command_line::main`].
 //!
+//! Without our daemon the client is enough: [`client::Command`] starts a shim of anybody's,
+//! [`client::Client`] drives it, [`events::serve`] is what it reports to. `examples/orchestrator.rs` runs
+//! a pod that way.
+//!
 //! Both ends agree on [`bundle`], [`options`], [`control`] and [`cgroup`].
 
 pub mod bundle;

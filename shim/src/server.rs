@@ -229,16 +229,50 @@ pub(crate) fn runtime_of(options: &Any, default: &Runtime) -> Result<Runtime, St
 
 /// `config_path` of `runtimeoptions.v1.Options{type_url=1, config_path=2, config_body=3}`.
 fn config_path(bytes: &[u8]) -> Result<String, protobuf::Error> {
-    let mut input = CodedInputStream::from_bytes(bytes);
-    let mut path = String::new();
-    while let Some(tag) = input.read_raw_tag_or_eof()? {
-        match (tag >> 3, WireType::new(tag & 7)) {
-            (2, Some(WireType::LengthDelimited)) => path = input.read_string()?,
-            (_, Some(kind)) => input.skip_field(kind)?,
-            (_, None) => break,
+    let path = fields(bytes)?.into_iter().rfind(|(number, _)| *number == 2);
+    Ok(path.map_or(String::new(), |(_, path)| String::from_utf8_lossy(&path).into_owned()))
+}
+
+/// What containerd's CRI plugin tells of a pod (`runtime.v1.PodSandboxConfig`). Its containers are to
+/// join the namespaces of a process whose pid we give it, so there is one: the pod's init, in namespaces
+/// of its own besides the network that is given. Containers of a pod on the node's do not join them.
+fn kubernetes_pod(bytes: &[u8]) -> Result<PodOptions, protobuf::Error> {
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    let mut options = PodOptions { ipc: true, uts: true, pid: true, ..PodOptions::default() };
+    for (number, value) in fields(bytes)? {
+        match number {
+            2 => options.hostname = text(value),
+            // linux: its sysctls are a map, which is a list of key and value.
+            8 => {
+                for (_, entry) in fields(&value)?.into_iter().filter(|(number, _)| *number == 3) {
+                    let mut pair = [String::new(), String::new()];
+                    for (number, value) in fields(&entry)? {
+                        if let Some(part) = pair.get_mut((number as usize).wrapping_sub(1)) {
+                            *part = text(value);
+                        }
+                    }
+                    let [name, value] = pair;
+                    options.sysctls.insert(name, value);
+                }
+            }
+            _ => {}
         }
     }
-    Ok(path)
+    Ok(options)
+}
+
+/// Those fields of a message that are text, bytes or messages, by their numbers.
+fn fields(bytes: &[u8]) -> Result<Vec<(u32, Vec<u8>)>, protobuf::Error> {
+    let mut input = CodedInputStream::from_bytes(bytes);
+    let mut found = Vec::new();
+    while let Some(tag) = input.read_raw_tag_or_eof()? {
+        match WireType::new(tag & 7) {
+            Some(WireType::LengthDelimited) => found.push((tag >> 3, input.read_bytes()?)),
+            Some(kind) => input.skip_field(kind)?,
+            None => break,
+        }
+    }
+    Ok(found)
 }
 
 #[async_trait]
@@ -434,13 +468,17 @@ impl Sandbox for Services {
         _: &TtrpcContext,
         r: sandbox::CreateSandboxRequest,
     ) -> Answer<sandbox::CreateSandboxResponse> {
-        let mut options = PodOptions::default();
-        if let Some(any) = r.options.as_ref()
-            && any.type_url.rsplit('/').next() == POD_OPTIONS.rsplit('/').next()
-        {
-            options = serde_json::from_slice(&any.value)
-                .map_err(|error| Error::Invalid(format!("{POD_OPTIONS}: {error}")))?;
-        }
+        let options = match r.options.as_ref() {
+            Some(any) if any.type_url.rsplit('/').next() == POD_OPTIONS.rsplit('/').next() => {
+                serde_json::from_slice(&any.value)
+                    .map_err(|error| Error::Invalid(format!("{POD_OPTIONS}: {error}")))?
+            }
+            Some(any) if any.type_url.ends_with("PodSandboxConfig") => {
+                kubernetes_pod(&any.value)
+                    .map_err(|error| Error::Invalid(format!("{}: {error}", any.type_url)))?
+            }
+            _ => PodOptions::default(),
+        };
         let netns = Some(PathBuf::from(r.netns_path)).filter(|path| !path.as_os_str().is_empty());
         let bundle = if r.bundle_path.is_empty() {
             self.0.bundle.dir().to_owned()
@@ -458,7 +496,16 @@ impl Sandbox for Services {
     ) -> Answer<sandbox::StartSandboxResponse> {
         let pod = self.0.clone();
         let (pid, at) = detached(async move { pod.start_sandbox(&r.sandbox_id).await }).await?;
-        Ok(sandbox::StartSandboxResponse { pid, created_at: timestamp(at), ..Default::default() })
+        // There is no container behind the pod, but containerd wants to read a specification of one.
+        let mut spec = Any::new();
+        spec.type_url = "types.containerd.io/opencontainers/runtime-spec/1/Spec".into();
+        spec.value = b"{}".to_vec();
+        Ok(sandbox::StartSandboxResponse {
+            pid,
+            created_at: timestamp(at),
+            spec: MessageField::some(spec),
+            ..Default::default()
+        })
     }
 
     async fn platform(
@@ -1063,5 +1110,26 @@ async fn send(client: &stdio::Attached, mut write: OwnedWriteHalf) -> io::Result
             Next::End => return Ok(()),
             Next::Overrun => return Err(io::ErrorKind::TimedOut.into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_containerd_tells_of_a_pod_becomes_its_namespaces() {
+        let field = |number: u8, value: &[u8]| {
+            [&[number << 3 | 2, u8::try_from(value.len()).unwrap()][..], value].concat()
+        };
+        let sysctl = [field(1, b"net.core.somaxconn"), field(2, b"64")].concat();
+        let linux = [field(1, b"/kubepods"), field(3, &sysctl)].concat();
+        let bytes = [field(2, b"web"), field(3, b"/var/log"), field(8, &linux)].concat();
+        let options = kubernetes_pod(&bytes).unwrap();
+        assert_eq!(options.hostname, "web");
+        assert_eq!(options.sysctls["net.core.somaxconn"], "64");
+        assert!(options.ipc && options.uts && options.pid && !options.net);
+        assert!(kubernetes_pod(&[0x12, 9, b'x']).is_err());
+        assert_eq!(config_path(&field(2, b"/etc/kata.toml")).unwrap(), "/etc/kata.toml");
     }
 }

@@ -32,7 +32,8 @@ Images:
   images        List images
   pull          Pull an image
   rmi           Remove images
-  image         import an archive; ls, pull, rm, inspect
+  commit        Make an image of what a container has changed
+  image         push, save, load, tag, prune; ls, pull, rm, inspect
 
 About:
   inspect       Print everything about a pod, container or image
@@ -121,6 +122,8 @@ pub(super) enum Command {
     Pull(Pull),
     /// Remove images
     Rmi(Rmi),
+    /// Make an image of what a container has changed
+    Commit(Commit),
     /// Work with images
     #[command(subcommand)]
     Image(ImageCommand),
@@ -170,10 +173,19 @@ pub(super) enum ImageCommand {
     Ls(Images),
     /// Pull an image (holdfast pull)
     Pull(Pull),
+    /// Send an image to a registry
+    Push(Push),
+    /// Write an archive of images: an OCI layout, or what `docker load` reads
+    Save(Save),
     /// Import the images of an archive: an OCI layout, or what `docker save` writes
+    #[command(visible_alias = "load")]
     Import(Import),
+    /// Give an image one more name
+    Tag(Tag),
     /// Remove images (holdfast rmi)
     Rm(Rmi),
+    /// Remove images that no container uses
+    Prune(Prune),
     /// Print everything about images
     Inspect(InspectImages),
 }
@@ -301,6 +313,85 @@ pub(super) struct Registry {
 }
 
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Layers that the registry has, or can take over from another of its repositories, are not sent. Others are \
+compressed anew: the image's id stays, the digest of its manifest may change. The password is read from \
+HOLDFAST_PASSWORD, or from stdin with --password-stdin. Ctrl-C ends the push.")]
+pub(super) struct Push {
+    #[command(flatten)]
+    pub(super) registry: Registry,
+    /// Only the digest, no progress
+    #[arg(long, short)]
+    pub(super) quiet: bool,
+    /// The image by name, digest, id, or the beginning of an id
+    pub(super) image: String,
+    /// As what it is pushed [default: the name by which it is given]
+    #[arg(value_name = "AS", default_value = "", hide_default_value = true)]
+    pub(super) name: String,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+An image that is given by a tag has that name in the archive; one that is given by its id has all of them. \
+Layers are compressed in `oci`, and not in `docker`. The same image is always the same archive.")]
+pub(super) struct Save {
+    /// Where to; - for stdout
+    #[arg(long, short, value_name = "FILE", default_value = "-", hide_default_value = true)]
+    pub(super) output: PathBuf,
+    /// An OCI layout, or what `docker load` of every version reads
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    pub(super) format: ArchiveFormat,
+    /// Images by name, digest, id, or the beginning of an id
+    #[arg(required = true, value_name = "IMAGE")]
+    pub(super) images: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum ArchiveFormat {
+    #[default]
+    Oci,
+    Docker,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Volumes and mounts are not part of it. The container goes on: for files that belong together, stop it first.")]
+pub(super) struct Commit {
+    /// Who made it
+    #[arg(long, short, default_value = "", hide_default_value = true)]
+    pub(super) author: String,
+    /// Why
+    #[arg(long, short, default_value = "", hide_default_value = true)]
+    pub(super) message: String,
+    /// A container, or a pod that has only one
+    #[arg(value_name = "NAME")]
+    pub(super) container: String,
+    /// The name that the image gets
+    pub(super) image: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Tag {
+    /// The image by name, digest, id, or the beginning of an id
+    pub(super) image: String,
+    /// The name that it gets; another image that has it loses it
+    pub(super) name: String,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Prints what was removed. Images that are pinned stay. A kubelet collects images by itself; this is for nodes \
+that need room now.")]
+pub(super) struct Prune {
+    /// Images with a tag too
+    #[arg(long, short)]
+    pub(super) all: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+A tag or a digest takes that name from its image, which goes with the last of its tags; an id removes the \
+image. One that a container uses goes from all lists, and its layers with the container.")]
 pub(super) struct Rmi {
     /// Images by name, digest, id, or the beginning of an id
     #[arg(required = true, value_name = "IMAGE")]
@@ -312,7 +403,8 @@ pub(super) struct Import {
     /// A name for an image that has none in the archive
     #[arg(long, default_value = "", hide_default_value = true)]
     pub(super) name: String,
-    /// The archive; - for stdin
+    /// The archive, which may be compressed; - for stdin
+    #[arg(default_value = "-", hide_default_value = true)]
     pub(super) file: PathBuf,
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use holdfast_protos::{admin, cri};
+use holdfast_protos::{admin, cri, images};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
@@ -17,7 +17,7 @@ use super::{
     Client, Hint,
     args::{Import, Pull, Registry, Rmi},
     find,
-    progress::Progress,
+    progress::{Layer, Progress},
     remove, wire,
 };
 
@@ -34,6 +34,13 @@ const PASSWORD: &str = "HOLDFAST_PASSWORD";
 pub(super) struct Credentials {
     user: String,
     password: String,
+}
+
+impl Credentials {
+    /// User and password.
+    pub(super) fn into_parts(self) -> (String, String) {
+        (self.user, self.password)
+    }
 }
 
 /// `holdfast pull`
@@ -63,7 +70,7 @@ pub(super) async fn pull_image(
     let pull = async {
         let mut stream = service.pull_image(request).await?.into_inner();
         while let Some(update) = stream.message().await? {
-            progress.update(&update.layers);
+            progress.update(&update.layers.iter().map(Layer::pulled).collect::<Vec<_>>());
             if !update.image_ref.is_empty() {
                 return Ok(tonic::Response::new(Some(update.image_ref)));
             }
@@ -156,6 +163,18 @@ pub(super) async fn remove(client: &mut Client, args: Rmi) -> Result<u8> {
 }
 
 async fn remove_one(client: &mut Client, name: &str) -> Result<()> {
+    let mut service = client.admin_images.clone();
+    let request = images::RemoveRequest { image: name.to_owned() };
+    match client.slow(service.remove(request)).await {
+        Err(error) if super::client::code(&error) == Some(Code::Unimplemented) => {}
+        Err(error) if super::client::code(&error) == Some(Code::NotFound) => {
+            // With what is spelt alike.
+            find::image(client, name).await?;
+            return Err(error);
+        }
+        result => return result.map(drop),
+    }
+    // A runtime that has only the CRI.
     let image = find::image(client, name).await?;
     // A tag or digest removes that name; the beginning of an id is something only we understand.
     let by_id =

@@ -82,6 +82,7 @@ pub(super) async fn info(client: &mut Client, args: Show) -> Result<u8> {
         .collect();
     handlers.sort_unstable();
     line("Handlers", &printable(&handlers.join(", ")));
+    line("NRI plugins", &printable(&plugins(status.info.get("nri").map(String::as_str))));
     for fs in &fs.image_filesystems {
         let mountpoint = fs.fs_id.as_ref().map_or("-", |id| &*id.mountpoint);
         let used = fs.used_bytes.as_ref().map_or(0, |b| b.value);
@@ -89,4 +90,20 @@ pub(super) async fn info(client: &mut Client, args: Show) -> Result<u8> {
     }
     wire::write(&text)?;
     Ok(0)
+}
+
+/// The plugins by name, or why there are none.
+fn plugins(info: Option<&str>) -> String {
+    let info = info.and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    let Some(info) = info else { return "-".to_owned() };
+    if info["enabled"] == json!(false) {
+        return "off".to_owned();
+    }
+    let plugins = info["plugins"].as_array().into_iter().flatten();
+    let names: Vec<_> = plugins.filter_map(|plugin| plugin["name"].as_str()).collect();
+    match (names.is_empty(), info["socket"].is_null()) {
+        (false, _) => names.join(", "),
+        (true, false) => "none".to_owned(),
+        (true, true) => "none, and no socket to connect to".to_owned(),
+    }
 }

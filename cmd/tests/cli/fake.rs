@@ -507,6 +507,7 @@ impl Admin for Fake {
             phase: phase.into(),
             received_bytes,
             total_bytes: 2048,
+            ..Default::default()
         };
         use admin::layer_progress::Phase;
         let steps = [

@@ -600,6 +600,7 @@ async fn info_says_what_is_not_ready_and_why() {
          NetworkReady    no: NoNetworkConfig: no file in /etc/cni/net.d\n\
          Cgroup driver   cgroupfs\n\
          Handlers        (default), crun, runc\n\
+         NRI plugins     -\n\
          Images          3.0MiB in /var/lib/holdfast\n"
     );
     let json: Value = serde_json::from_str(&node.run(&["info", "-o", "json"]).await.ok()).unwrap();

@@ -2,7 +2,6 @@
 
 mod costs;
 mod faults;
-mod foreign;
 mod hybrid;
 mod main_path;
 mod node;

@@ -36,6 +36,7 @@ pub(super) struct RawConfig {
     pub(super) runtime: RawRuntime,
     pub(super) nri: RawNri,
     pub(super) metrics: RawMetrics,
+    pub(super) tracing: RawTracing,
     pub(super) log: RawLog,
 }
 
@@ -115,12 +116,37 @@ pub(super) struct RawNri {
     pub(super) socket: String,
     pub(super) plugin_dir: String,
     pub(super) conf_dir: String,
+    pub(super) disable_connections: bool,
+    pub(super) registration_timeout: String,
+    pub(super) request_timeout: String,
+    pub(super) plugin_timeouts: Vec<String>,
+    pub(super) validator: RawNriValidator,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawNriValidator {
+    pub(super) reject_oci_hook_adjustment: bool,
+    pub(super) reject_runtime_default_seccomp_adjustment: bool,
+    pub(super) reject_unconfined_seccomp_adjustment: bool,
+    pub(super) reject_custom_seccomp_adjustment: bool,
+    pub(super) reject_namespace_adjustment: bool,
+    pub(super) reject_sysctl_adjustment: bool,
+    pub(super) required_plugins: Vec<String>,
+    pub(super) tolerate_missing_plugins_annotation: String,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct RawMetrics {
     pub(super) address: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RawTracing {
+    pub(super) endpoint: String,
+    pub(super) samples_per_million: i64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

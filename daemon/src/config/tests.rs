@@ -39,7 +39,7 @@ fn defaults_are_what_tools_rely_on() {
     assert_eq!(config.runtime.handlers["runc"], oci("runc"));
     assert_eq!(config.runtime.handlers["crun"], oci("crun"));
     assert!(config.nri.enabled);
-    assert_eq!(config.nri.socket, Path::new("/run/holdfast/nri.sock"));
+    assert_eq!(config.nri.socket, Path::new("/var/run/nri/nri.sock"));
     assert_eq!(config.metrics_address, None);
     assert_eq!(config.log, Log { level: "info".into(), json: false });
     assert_eq!(config.network.timeout, Duration::from_secs(60));
@@ -198,6 +198,11 @@ fn impossible_values_say_what_is_allowed() {
         ("[runtime.handlers.x]\npath = \"./a\"", "looked up in PATH"),
         ("[nri]\nsocket = \"/run/holdfast/holdfast.sock\"", "must not be the same as grpc.socket"),
         ("[metrics]\naddress = \"9190\"", "ADDRESS:PORT"),
+        ("[tracing]\nsamples_per_million = 1000001", "from 0 to 1000000"),
+        #[cfg(feature = "otlp")]
+        ("[tracing]\nendpoint = \"127.0.0.1:4317\"", "http://127.0.0.1:4317"),
+        #[cfg(not(feature = "otlp"))]
+        ("[tracing]\nendpoint = \"http://127.0.0.1:4317\"", "this build cannot send traces"),
         ("[log]\nlevel = \"infoo\"", "off, error, warn, info, debug or trace"),
         ("[log]\nlevel = \"info,a=loud\"", "off, error, warn, info, debug or trace"),
         ("[log]\nformat = \"xml\"", "\"text\" or \"json\""),

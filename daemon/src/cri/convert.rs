@@ -482,7 +482,7 @@ fn pod_state(state: PodState) -> cri::PodSandboxState {
     }
 }
 
-fn pod_metadata(config: &PodConfig) -> cri::PodSandboxMetadata {
+pub(super) fn pod_metadata(config: &PodConfig) -> cri::PodSandboxMetadata {
     cri::PodSandboxMetadata {
         name: config.name.clone(),
         uid: config.uid.clone(),
@@ -577,7 +577,7 @@ fn container_state(state: &ContainerState) -> cri::ContainerState {
     }
 }
 
-fn container_metadata(config: &ContainerConfig) -> cri::ContainerMetadata {
+pub(super) fn container_metadata(config: &ContainerConfig) -> cri::ContainerMetadata {
     cri::ContainerMetadata { name: config.name.clone(), attempt: config.attempt }
 }
 

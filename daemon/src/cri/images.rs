@@ -8,7 +8,7 @@ use tonic::{Request, Response, Status};
 use super::{Answer, Service, convert, streams};
 use crate::{
     error::status as to_status,
-    image::{Auth, Image},
+    image::{Auth, Error, Image, PullFailure},
 };
 
 /// An image as the CRI has it.
@@ -54,6 +54,18 @@ pub(super) fn auth(auth: cri::AuthConfig) -> Auth {
     }
 }
 
+/// The error of a pull. The kubelet has reasons of its own for some, which it knows by how the text
+/// begins (cri-api, pkg/errors).
+fn not_pulled(error: &Error) -> Status {
+    let status = to_status(error);
+    let word = match error.pull_failure() {
+        Some(PullFailure::Signature) => "SignatureValidationFailed",
+        Some(PullFailure::Unavailable) => "RegistryUnavailable",
+        None => return status,
+    };
+    Status::new(status.code(), format!("{word}: {}", status.message()))
+}
+
 impl Service {
     fn select_images(&self, filter: Option<cri::ImageFilter>) -> Vec<Arc<Image>> {
         let images = &self.pods.services().images;
@@ -97,7 +109,7 @@ impl ImageService for Service {
         let name = spec(request.image)?;
         let images = &self.pods.services().images;
         let image = images.pull(&name, request.auth.map(auth), None).await;
-        let image = image.map_err(|e| to_status(&e))?;
+        let image = image.map_err(|error| not_pulled(&error))?;
         Ok(Response::new(cri::PullImageResponse { image_ref: image.id.to_string() }))
     }
 
@@ -137,8 +149,7 @@ impl ImageService for Service {
         request: Request<cri::StreamImagesRequest>,
     ) -> Answer<Self::StreamImagesStream> {
         let found = self.select_images(request.into_inner().filter);
-        Ok(Response::new(streams::list(found, |chunk| cri::StreamImagesResponse {
-            images: chunk.iter().map(image).collect(),
-        })))
+        let message = |images| cri::StreamImagesResponse { images };
+        Ok(Response::new(streams::list(found, image, message)))
     }
 }

@@ -1,15 +1,15 @@
 //! Usage, as the CRI has it.
 
-use std::{sync::Arc, time::SystemTime};
+use std::sync::Arc;
 
 use holdfast_protos::cri;
-use holdfast_shim::cgroup::Pressure;
+use holdfast_shim::cgroup::{Pressure, Stall};
 use tonic::Status;
 
-use super::convert::nanos;
+use super::convert::{container_metadata, nanos, pod_metadata};
 use crate::{
     pod::{ContainerView, PodView},
-    stats::{Container, Interface, Stats, Usage},
+    stats::{Container, Interface, Pod, Stats, Usage},
 };
 
 fn value(value: Option<u64>) -> Option<cri::UInt64Value> {
@@ -17,7 +17,7 @@ fn value(value: Option<u64>) -> Option<cri::UInt64Value> {
 }
 
 fn psi(pressure: Option<Pressure>) -> Option<cri::PsiStats> {
-    let data = |s: holdfast_shim::cgroup::Stall| cri::PsiData {
+    let data = |s: Stall| cri::PsiData {
         total: s.total,
         avg10: s.avg10,
         avg60: s.avg60,
@@ -51,40 +51,45 @@ fn memory(at: i64, usage: &Usage) -> cri::MemoryUsage {
     }
 }
 
-fn container(view: &ContainerView, read: Container, mountpoint: &str) -> cri::ContainerStats {
+fn swap(at: i64, usage: &Usage) -> Option<cri::SwapUsage> {
+    let used = usage.memory.swap?;
+    Some(cri::SwapUsage {
+        timestamp: at,
+        swap_available_bytes: value(usage.memory.swap_available),
+        swap_usage_bytes: value(Some(used)),
+    })
+}
+
+fn io(at: i64, usage: &Usage) -> Option<cri::IoUsage> {
+    let psi = psi(usage.io_pressure)?;
+    Some(cri::IoUsage { timestamp: at, psi: Some(psi) })
+}
+
+fn container(view: &ContainerView, read: &Container, mountpoint: &str) -> cri::ContainerStats {
     let at = nanos(read.at);
     let config = &view.record.config;
-    let swap = read.usage.memory.swap;
     cri::ContainerStats {
         attributes: Some(cri::ContainerAttributes {
             id: view.record.id.to_string(),
-            metadata: Some(cri::ContainerMetadata {
-                name: config.name.clone(),
-                attempt: config.attempt,
-            }),
+            metadata: Some(container_metadata(config)),
             labels: config.labels.clone().into_iter().collect(),
             annotations: config.annotations.clone().into_iter().collect(),
         }),
         cpu: Some(cpu(at, &read.usage, read.nano_cores)),
         memory: Some(memory(at, &read.usage)),
-        writable_layer: read.layer.map(|(bytes, inodes)| cri::FilesystemUsage {
-            timestamp: at,
+        writable_layer: read.layer.map(|layer| cri::FilesystemUsage {
+            timestamp: nanos(layer.at),
             fs_id: Some(cri::FilesystemIdentifier { mountpoint: mountpoint.to_owned() }),
-            used_bytes: value(Some(bytes)),
-            inodes_used: value(Some(inodes)),
+            used_bytes: value(Some(layer.bytes)),
+            inodes_used: value(Some(layer.inodes)),
         }),
-        swap: swap.map(|used| cri::SwapUsage {
-            timestamp: at,
-            swap_available_bytes: value(
-                read.usage.memory.swap_limit.map(|l| l.saturating_sub(used)),
-            ),
-            swap_usage_bytes: value(Some(used)),
-        }),
-        io: None,
+        swap: swap(at, &read.usage),
+        io: io(at, &read.usage),
     }
 }
 
-async fn blocking<T: Send + 'static>(
+/// Runs what reads files where it may block.
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Status> {
     tokio::task::spawn_blocking(work)
@@ -100,7 +105,8 @@ pub(super) async fn containers(
     let stats = stats.clone();
     blocking(move || {
         let mountpoint = stats.mountpoint();
-        views.iter().map(|view| container(view, stats.container(view), &mountpoint)).collect()
+        let read = stats.containers(&views);
+        views.iter().zip(&read).map(|(view, read)| container(view, read, &mountpoint)).collect()
     })
     .await
 }
@@ -111,42 +117,35 @@ pub(super) async fn pods(
     views: Vec<Arc<PodView>>,
 ) -> Result<Vec<cri::PodSandboxStats>, Status> {
     let stats = stats.clone();
-    blocking(move || views.iter().map(|view| pod(&stats, view)).collect()).await
+    blocking(move || {
+        let mountpoint = stats.mountpoint();
+        let read = stats.pods(&views);
+        views.iter().zip(read).map(|(view, read)| pod(view, read, &mountpoint)).collect()
+    })
+    .await
 }
 
-fn pod(stats: &Stats, view: &PodView) -> cri::PodSandboxStats {
-    let mountpoint = stats.mountpoint();
-    let running = view.containers.values().filter(|c| c.record.state.pid().is_some());
-    let read: Vec<_> = running.map(|c| (c, stats.container(c))).collect();
-    let at = nanos(SystemTime::now());
-    let usage = stats.pod(view, &read.iter().map(|(_, r)| r).collect::<Vec<_>>());
-    let interfaces = stats.interfaces(view).unwrap_or_default();
+fn pod(view: &PodView, read: Pod, mountpoint: &str) -> cri::PodSandboxStats {
+    let at = nanos(read.at);
     let config = &view.record.config;
+    let containers = read.containers.iter();
     cri::PodSandboxStats {
         attributes: Some(cri::PodSandboxAttributes {
             id: view.record.id.to_string(),
-            metadata: Some(cri::PodSandboxMetadata {
-                name: config.name.clone(),
-                uid: config.uid.clone(),
-                namespace: config.namespace.clone(),
-                attempt: config.attempt,
-            }),
+            metadata: Some(pod_metadata(config)),
             labels: config.labels.clone().into_iter().collect(),
             annotations: config.annotations.clone().into_iter().collect(),
         }),
         linux: Some(cri::LinuxPodSandboxStats {
-            cpu: Some(cpu(at, &usage, read.iter().map(|(_, r)| r.nano_cores).sum())),
-            memory: Some(memory(at, &usage)),
-            network: Some(network(at, interfaces)),
+            cpu: Some(cpu(at, &read.usage, read.nano_cores)),
+            memory: Some(memory(at, &read.usage)),
+            network: read.interfaces.map(|interfaces| network(at, interfaces)),
             process: Some(cri::ProcessUsage {
                 timestamp: at,
-                process_count: value(usage.pids.current),
+                process_count: value(read.processes),
             }),
-            containers: read
-                .into_iter()
-                .map(|(view, read)| container(view, read, &mountpoint))
-                .collect(),
-            io: None,
+            containers: containers.map(|(view, read)| container(view, read, mountpoint)).collect(),
+            io: io(at, &read.usage),
         }),
         windows: None,
     }
@@ -157,10 +156,10 @@ fn network(at: i64, interfaces: Vec<Interface>) -> cri::NetworkUsage {
         .into_iter()
         .map(|i| cri::NetworkInterfaceUsage {
             name: i.name,
-            rx_bytes: value(Some(i.rx_bytes)),
-            rx_errors: value(Some(i.rx_errors)),
-            tx_bytes: value(Some(i.tx_bytes)),
-            tx_errors: value(Some(i.tx_errors)),
+            rx_bytes: value(Some(i.rx.bytes)),
+            rx_errors: value(Some(i.rx.errors)),
+            tx_bytes: value(Some(i.tx.bytes)),
+            tx_errors: value(Some(i.tx.errors)),
         })
         .collect();
     let default = all.iter().position(|i| i.name == "eth0").map(|at| all.remove(at));

@@ -55,6 +55,7 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
             ("config".to_owned(), services.config.to_toml()),
             ("cni".to_owned(), services.network.config_info().to_string()),
             ("apparmor".to_owned(), services.apparmor.to_string()),
+            ("nri".to_owned(), services.nri.info().to_string()),
             ("node".to_owned(), format!("{:?}", services.node)),
         ]),
     };

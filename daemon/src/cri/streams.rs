@@ -7,15 +7,19 @@ use futures::{Stream, StreamExt, stream};
 use holdfast_protos::cri;
 use tonic::Status;
 
-use super::{convert, stats};
+use super::{convert, metrics, stats};
 use crate::{
     events::{Event, Events, Kind},
     pod::{ContainerView, PodView, Pods},
     stats::Stats,
 };
 
-/// Most items in one message: some hundred kilobytes, well below every client's limit.
-const CHUNK: usize = 100;
+/// Most items that are read for one message of usage.
+const CHUNK: usize = 25;
+
+/// A message of a list is sent when it has this many bytes: annotations may make a single item that
+/// large, and no client takes more than some megabytes.
+const BYTES: usize = 512 << 10;
 
 /// A stream of answers.
 pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send + 'static>>;
@@ -28,16 +32,29 @@ fn chunks<T: Send + 'static>(items: Vec<T>) -> impl Stream<Item = Vec<T>> + Send
     }))
 }
 
-/// Messages of up to [`CHUNK`] items, made one by one as they are read.
-pub(super) fn list<T, M>(
-    items: Vec<T>,
-    message: impl Fn(Vec<T>) -> M + Send + 'static,
+/// What is listed, made `item` by item and `message` by message as the client reads them.
+pub(super) fn list<T, I, M>(
+    all: Vec<T>,
+    item: impl Fn(&T) -> I + Send + 'static,
+    message: impl Fn(Vec<I>) -> M + Send + 'static,
 ) -> Answers<M>
 where
     T: Send + 'static,
+    I: prost::Message,
     M: Send + 'static,
 {
-    Box::pin(chunks(items).map(move |chunk| Ok(message(chunk))))
+    let mut rest = all.into_iter();
+    Box::pin(stream::iter(std::iter::from_fn(move || {
+        let (mut items, mut bytes) = (Vec::new(), 0);
+        while bytes < BYTES
+            && let Some(next) = rest.next()
+        {
+            let next = item(&next);
+            bytes += next.encoded_len();
+            items.push(next);
+        }
+        (!items.is_empty()).then(|| Ok(message(items)))
+    })))
 }
 
 /// Usage of containers, read as it is sent.
@@ -64,6 +81,22 @@ pub(super) fn pod_stats(
         async move {
             let pod_sandbox_stats = stats::pods(&stats, chunk).await?;
             Ok(cri::StreamPodSandboxStatsResponse { pod_sandbox_stats })
+        }
+    }))
+}
+
+/// Metrics of pods, read as they are sent.
+pub(super) fn pod_metrics(
+    stats: Arc<Stats>,
+    views: Vec<Arc<PodView>>,
+) -> Answers<cri::StreamPodSandboxMetricsResponse> {
+    Box::pin(stream::try_unfold(views.into_iter(), move |mut rest| {
+        let stats = stats.clone();
+        async move {
+            let message = metrics::next(&stats, &mut rest).await?;
+            Ok(message.map(|pod_sandbox_metrics| {
+                (cri::StreamPodSandboxMetricsResponse { pod_sandbox_metrics }, rest)
+            }))
         }
     }))
 }
@@ -95,5 +128,29 @@ fn event_response(event: &Event) -> cri::ContainerEventResponse {
             .values()
             .map(|container| convert::container_status(container))
             .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_lists_messages_are_of_bounded_size_and_made_as_they_are_read() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let made = Arc::new(AtomicUsize::new(0));
+        let counted = made.clone();
+        let item = move |size: &usize| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            cri::Container { id: "x".repeat(*size), ..Default::default() }
+        };
+        let sizes = vec![BYTES / 2, BYTES / 2, 1, BYTES * 3, 1, 1];
+        let mut messages = list(sizes, item, |containers| containers.len());
+        assert_eq!(made.load(Ordering::Relaxed), 0);
+        assert_eq!(messages.next().await.unwrap().unwrap(), 2);
+        assert_eq!(made.load(Ordering::Relaxed), 2);
+        let rest: Vec<_> = messages.map(Result::unwrap).collect().await;
+        assert_eq!(rest, [2, 2]);
+        assert_eq!(list(Vec::new(), |()| cri::Container::default(), |c| c.len()).count().await, 0);
     }
 }

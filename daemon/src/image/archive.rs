@@ -22,6 +22,7 @@ use super::{
     Image, NewImage, Shared, blocking,
     layers::Reap,
     manifest::{self, Config, Descriptor, Document, MAX_CONFIG, Platform},
+    policy::{self, Transport},
     pull::{self, Error, Piece, Pieces, Progress, Source, Wanted, too_deep},
     reference::Reference,
     registry::MAX_MANIFEST,
@@ -66,6 +67,29 @@ pub(super) async fn import(
             (None, _) => {}
         }
     }
+    // All of them before the first is unpacked.
+    let judged: Vec<(Transport, Option<Reference>)> = found
+        .iter()
+        .flat_map(|image| {
+            let transport = match image.manifest {
+                Some(_) => Transport::OciArchive,
+                None => Transport::DockerArchive,
+            };
+            let names = image.names.iter().cloned().map(Some);
+            // One without a name is judged too.
+            names.chain(image.names.is_empty().then_some(None)).map(move |name| (transport, name))
+        })
+        .collect();
+    let policy = shared.config.policy.clone();
+    let judge = move || {
+        for (transport, name) in judged {
+            let shown =
+                name.as_ref().map_or("an image without a name".into(), Reference::to_string);
+            policy::judge(policy.as_deref(), transport, name.as_ref())?.archived(&shown)?;
+        }
+        Ok::<_, policy::Error>(())
+    };
+    blocking(judge).await??;
     let mut images = Vec::new();
     for image in found {
         let (progress, _) = watch::channel(Progress::default());

@@ -435,7 +435,14 @@ mod tests {
         assert!(matches!(hung, Err(Error::Deadline { .. })), "{hung:?}");
         // What it started is gone with it.
         let pid = std::fs::read_to_string(dir.path().join("pid")).unwrap();
-        let left = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
-        assert!(left.is_err() || left.unwrap().contains(") Z "), "{pid}");
+        let by = std::time::Instant::now() + Duration::from_secs(10);
+        loop {
+            let left = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()));
+            if left.map_or(true, |stat| stat.contains(") Z ")) {
+                break;
+            }
+            assert!(std::time::Instant::now() < by, "{pid}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::{
-    testing::{FakeRegistry, TestImage, broken, digest, response},
-    tests::{Node, auth, base, layer},
+    testing::{FakeRegistry, Tar, TestImage, broken, digest, listing, response, slow},
+    tests::{DockerRegistry, Node, auth, base, layer},
     *,
 };
 use crate::error::chain;
@@ -52,7 +52,7 @@ async fn an_image_is_looked_for_where_registries_conf_says() {
 
     node.write("registries.conf", "[[registry]]\nprefix = 'r.example/team'\nblocked = true\n");
     let kind = node.refuses("r.example/team/a/b:1", "blocked in").await;
-    assert_eq!(kind, Kind::Denied);
+    assert_eq!(kind, Kind::Precondition);
     node.write("registries.conf", "[[registry]]\nblocked = 1\n");
     assert_eq!(node.refuses("r.example/other:1", "registries.conf").await, Kind::Precondition);
 }
@@ -232,4 +232,360 @@ async fn a_pull_has_a_deadline_as_a_whole() {
     });
     let kind = node.refuses(&registry.reference("a:1"), "images.pull_timeout").await;
     assert_eq!(kind, Kind::Deadline);
+}
+
+#[tokio::test]
+async fn names_are_given_and_taken_and_images_without_use_pruned() {
+    let registry = FakeRegistry::start().await;
+    let node = Node::new().await;
+    registry.put("a", "1", &TestImage::labelled(&[base(), layer("one")], "a"));
+    registry.put("b", "1", &TestImage::labelled(&[base(), layer("two")], "b"));
+    let (a, b) = (registry.reference("a:1"), registry.reference("b:1"));
+    let first = node.pull(&a).await.unwrap().id.clone();
+    let second = node.pull(&b).await.unwrap().id.clone();
+    node.images.tag(&a, "r.example/x:1").await.unwrap();
+    node.images.tag(&first.hex()[..8], "r.example/x:2").await.unwrap();
+    // A name moves.
+    node.images.tag(&b, "r.example/x:2").await.unwrap();
+    let node = node.again().await;
+    assert_eq!(node.images.find("r.example/x:1").unwrap().id, first);
+    assert_eq!(node.images.find("r.example/x:2").unwrap().id, second);
+    assert_eq!(node.images.find(&a).unwrap().names, [a.as_str(), "r.example/x:1"]);
+    for (image, name) in [("r.example/none:1", "x.example/y:1"), (&a, "UPPER"), (&a, "")] {
+        assert!(node.images.tag(image, name).await.is_err(), "{name}");
+    }
+    let digest = format!("r.example/x@sha256:{}", "a".repeat(64));
+    assert_eq!(node.images.tag(&a, &digest).await.unwrap_err().kind(), Kind::Invalid);
+
+    use super::names::Removed;
+    let gone = node.images.remove_name(&a).await.unwrap();
+    assert_eq!(gone, Removed::Name(a.clone()));
+    assert!(node.images.find(&a).is_none());
+    // Used by a container, with a tag, and neither.
+    let id = ContainerId::random();
+    let image = node.images.find(&b).unwrap();
+    node.images.create_snapshot(&id, &image).await.unwrap();
+    drop(image);
+    assert!(node.images.prune(false).await.unwrap().0.is_empty());
+    let (pruned, _) = node.images.prune(true).await.unwrap();
+    assert_eq!(pruned.iter().map(|image| &image.id).collect::<Vec<_>>(), [&first]);
+    let node = node.again().await;
+    assert_eq!(node.images.list().len(), 1);
+    assert_eq!(
+        node.images.remove_name("r.example/x:2").await.unwrap(),
+        Removed::Name("r.example/x:2".into())
+    );
+    assert_eq!(node.images.remove_name(&b).await.unwrap(), Removed::Image(second));
+    assert_eq!(node.images.remove_name(&b).await.unwrap_err().kind(), Kind::NotFound);
+    node.images.remove_snapshot(&id).await.unwrap();
+    node.images.flush().await;
+    assert_eq!(node.images.fs_usage().used_bytes, 0);
+}
+
+/// Writes to memory, from another thread.
+#[derive(Clone, Default)]
+struct Out(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl io::Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn what_is_saved_is_imported_elsewhere_as_the_same_image() {
+    let registry = FakeRegistry::start().await;
+    let node = Node::new().await;
+    let shared = base();
+    let one = TestImage::labelled(&[shared.clone(), layer("one")], "one");
+    let two = TestImage::labelled(&[shared, layer("two")], "two");
+    registry.put("a", "1", &one);
+    registry.put("b", "1", &two);
+    let (a, b) = (registry.reference("a:1"), registry.reference("b:1"));
+    node.pull(&a).await.unwrap();
+    node.pull(&b).await.unwrap();
+    node.images.tag(&a, "r.example/second:1").await.unwrap();
+    for format in [save::Format::Oci, save::Format::Docker] {
+        let save = async |names: &[&str]| {
+            let out = Out::default();
+            let names: Vec<String> = names.iter().map(|n| (*n).to_owned()).collect();
+            node.images.save(&names, format, out.clone()).await.unwrap();
+            out.0.lock().unwrap().clone()
+        };
+        let archive = save(&[&a, &b, "r.example/second:1"]).await;
+        assert_eq!(
+            archive,
+            save(&[&a, &b, "r.example/second:1"]).await,
+            "{format:?}: the same bytes"
+        );
+        let elsewhere = Node::new().await;
+        elsewhere.images.import(io::Cursor::new(archive), None).await.map(|_| ()).unwrap();
+        let found = elsewhere.images.find(&a).unwrap();
+        assert_eq!((&found.id, found.names.len()), (&one.id(), 2), "{format:?}");
+        assert_eq!(elsewhere.images.find(&b).unwrap().id, two.id());
+        assert_eq!(
+            elsewhere.images.raw_config(&found).await.unwrap().into_bytes(),
+            one.config,
+            "{format:?}"
+        );
+        assert_eq!(elsewhere.images.fs_usage().used_bytes, node.images.fs_usage().used_bytes);
+        let unnamed = save(&[&two.id().to_string()]).await;
+        elsewhere.images.remove(&b).await.unwrap();
+        elsewhere.images.import(io::Cursor::new(unnamed), None).await.map(|_| ()).unwrap();
+        // Given by its id: with all its names.
+        assert_eq!(elsewhere.images.find(&b).unwrap().id, two.id());
+    }
+    let out = Out::default();
+    let error = node.images.save(&["none:1".into()], save::Format::Oci, out.clone()).await;
+    assert_eq!(error.unwrap_err().kind(), Kind::NotFound);
+    assert!(out.0.lock().unwrap().is_empty());
+}
+
+#[tokio::test]
+async fn a_pushed_image_is_pulled_elsewhere_as_the_same_and_sent_once() {
+    use super::push::Phase;
+    let registry = FakeRegistry::start().await;
+    let real = DockerRegistry::start().await;
+    let image = TestImage::new(&[base(), layer("one"), layer("two")]);
+    registry.put("a", "1", &image);
+    let node = Node::new().await;
+    let name = registry.reference("a:1");
+    node.pull(&name).await.unwrap();
+    let push = async |any: &str, to: Option<&str>| {
+        let (progress, watched) = watch::channel(Vec::new());
+        let pushed = node.images.push(any, to, None, progress).await;
+        let phases = watched.borrow().iter().map(|layer| layer.phase).collect::<Vec<_>>();
+        pushed.map(|(name, digest)| (name.to_string(), digest, phases))
+    };
+    let to = format!("{}/team/a:1", real.address);
+    let (full, first, phases) = push(&name, Some(&to)).await.unwrap();
+    assert_eq!((full.as_str(), phases), (to.as_str(), vec![Phase::Done; 3]));
+
+    let elsewhere = Node::new().await;
+    let pulled = elsewhere.pull(&to).await.unwrap();
+    assert_eq!(pulled.id, image.id());
+    assert_eq!(pulled.digests, [format!("{}/team/a@{first}", real.address)]);
+    assert_eq!(
+        elsewhere.images.fs_usage(),
+        FsUsage { mountpoint: elsewhere.images.fs_usage().mountpoint, ..node.images.fs_usage() }
+    );
+
+    // Again: the same blobs, the same manifest.
+    let (_, again, phases) = push(&name, Some(&to)).await.unwrap();
+    assert_eq!((again, phases), (first.clone(), vec![Phase::Exists; 3]));
+    // As it came from there, to a neighbour there: nothing is sent, the manifest is the same.
+    let (progress, watched) = watch::channel(Vec::new());
+    let neighbour = format!("{}/other/a:2", real.address);
+    let pushed = elsewhere.images.push(&to, Some(&neighbour), None, progress).await.unwrap();
+    assert_eq!(pushed.1, first);
+    assert!(watched.borrow().iter().all(|layer| layer.phase == Phase::Exists), "taken over");
+    let third = Node::new().await;
+    assert_eq!(third.pull(&neighbour).await.unwrap().id, image.id());
+
+    // Without a name to push it as, of what is not here, and where nobody is.
+    assert_eq!(push(&image.id().hex(), None).await.unwrap_err().kind(), Kind::Invalid);
+    assert_eq!(push("none:1", Some(&to)).await.unwrap_err().kind(), Kind::NotFound);
+    let nobody = push(&name, Some("127.0.0.1:1/a:1")).await.unwrap_err();
+    assert!(chain(&nobody).contains("push 127.0.0.1:1/a:1"), "{}", chain(&nobody));
+    // A registry that is only read.
+    registry.hook(|request| (request.method() == "PUT").then(|| response(405, "")));
+    let refused = chain(&push(&name, None).await.unwrap_err());
+    assert!(refused.contains("405") && refused.contains("/v2/a/manifests/1"), "{refused}");
+    let ingest = std::fs::read_dir(node.dir.path().join("images/ingest")).unwrap();
+    assert_eq!(ingest.count(), 0);
+}
+
+/// A layer that does not compress.
+fn noise(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    rand::RngCore::fill_bytes(&mut rand::rng(), &mut bytes);
+    Tar::new().file("noise", bytes).end()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_layer_comes_by_ranges_side_by_side_where_a_connection_is_slow() {
+    use std::sync::Mutex;
+    let registry = FakeRegistry::start().await;
+    let node = Node::new().await;
+    let image = TestImage::new(&[noise(40 << 20)]);
+    registry.put("a", "1", &image);
+    let blob = bytes::Bytes::from(image.layers[0].clone());
+    let asked = std::sync::Arc::new(Mutex::new(Vec::new()));
+    let (seen, content) = (asked.clone(), blob.clone());
+    registry.hook(move |request| {
+        if !request.uri().path().contains(&digest(&content).hex()) {
+            return None;
+        }
+        let range = request.headers().get("range")?.to_str().unwrap().to_owned();
+        let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+        let from: usize = from.parse().unwrap();
+        let to = to.parse::<usize>().map_or(content.len(), |to| to + 1);
+        seen.lock().unwrap().push((Instant::now(), from..to));
+        let body = slow(content.slice(from..to), 256 << 10, Duration::from_millis(10));
+        let length = content.len();
+        Some(
+            hyper::Response::builder()
+                .status(206)
+                .header("content-range", format!("bytes {from}-{}/{length}", to - 1))
+                .header("content-length", to - from)
+                .body(body)
+                .unwrap(),
+        )
+    });
+    assert_eq!(node.pull(&registry.reference("a:1")).await.unwrap().id, image.id());
+    let mut asked = asked.lock().unwrap().clone();
+    asked.sort_by_key(|(_, range)| range.start);
+    // Each byte was asked for once.
+    let mut at = 0;
+    for (_, range) in &asked {
+        assert_eq!(range.start, at, "{asked:?}");
+        at = range.end;
+    }
+    assert_eq!(at, blob.len());
+    // A part takes 32 pieces, 320 ms at least: what is asked for sooner is asked for beside it.
+    let beside = asked.windows(2).filter(|two| {
+        let (first, second) = (two[0].0.min(two[1].0), two[0].0.max(two[1].0));
+        second - first < Duration::from_millis(200)
+    });
+    assert!(beside.count() >= 2, "{asked:?}");
+}
+
+#[tokio::test]
+async fn a_large_layer_of_a_server_without_ranges_comes_as_a_whole() {
+    let registry = FakeRegistry::start().await;
+    let node = Node::new().await;
+    let image = TestImage::new(&[noise(20 << 20)]);
+    registry.put("a", "1", &image);
+    let blob = image.layers[0].clone();
+    registry.hook(move |request| {
+        let it = request.uri().path().contains(&digest(&blob).hex());
+        it.then(|| hyper::Response::new(super::testing::full(blob.clone())))
+    });
+    assert_eq!(node.pull(&registry.reference("a:1")).await.unwrap().id, image.id());
+    let blob = digest(&image.layers[0]).hex();
+    assert_eq!(registry.log().iter().filter(|line| line.contains(&blob)).count(), 1);
+}
+
+#[tokio::test]
+async fn connections_that_end_early_cost_no_bytes_and_no_patience() {
+    let registry = FakeRegistry::start().await;
+    let node = Node::new().await;
+    let image = TestImage::new(&[noise(24 << 20)]);
+    registry.put("a", "1", &image);
+    let blob = bytes::Bytes::from(image.layers[0].clone());
+    let sent = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let (counted, content) = (sent.clone(), blob.clone());
+    registry.hook(move |request| {
+        if !request.uri().path().contains(&digest(&content).hex()) {
+            return None;
+        }
+        let range = request.headers().get("range")?.to_str().unwrap().to_owned();
+        let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+        let from: usize = from.parse().unwrap();
+        let to = to.parse::<usize>().map_or(content.len(), |to| to + 1);
+        let until = to.min(from + (2 << 20));
+        counted.fetch_add(until - from, std::sync::atomic::Ordering::SeqCst);
+        let mut answer = match until == to {
+            true => hyper::Response::new(super::testing::full(content.slice(from..to))),
+            false => broken(&content[from..until], to - from, false),
+        };
+        *answer.status_mut() = hyper::StatusCode::PARTIAL_CONTENT;
+        let value = format!("bytes {from}-{}/{}", to - 1, content.len()).parse().unwrap();
+        answer.headers_mut().insert("content-range", value);
+        Some(answer)
+    });
+    assert_eq!(node.pull(&registry.reference("a:1")).await.unwrap().id, image.id());
+    assert_eq!(sent.load(std::sync::atomic::Ordering::SeqCst), blob.len(), "nothing came twice");
+}
+
+#[tokio::test]
+async fn a_containers_changes_become_an_image_that_looks_like_it() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let registry = FakeRegistry::start().await;
+    let node = Node::new().await;
+    let below = Tar::new()
+        .dir("data")
+        .file("data/gone", "x")
+        .file("data/kept", "x")
+        .file("data/changed", "old")
+        .dir("data/emptied")
+        .file("data/emptied/old", "x")
+        .file("data/becomes-directory", "x")
+        .end();
+    registry.put("a", "1", &TestImage::new(&[base(), below]));
+    let image = node.pull(&registry.reference("a:1")).await.unwrap();
+    let id = ContainerId::random();
+    let snapshot = node.images.create_snapshot(&id, &image).await.unwrap();
+    let root = node.dir.path().join("rootfs");
+    std::fs::create_dir(&root).unwrap();
+    snapshot.mount(false).unwrap().attach(&root).unwrap();
+    let at = |path: &str| root.join(path);
+    std::fs::remove_file(at("data/gone")).unwrap();
+    std::fs::write(at("data/changed"), "new").unwrap();
+    std::fs::set_permissions(at("data/changed"), PermissionsExt::from_mode(0o4755)).unwrap();
+    std::fs::remove_dir_all(at("data/emptied")).unwrap();
+    std::fs::create_dir(at("data/emptied")).unwrap();
+    std::fs::write(at("data/emptied/new"), "n").unwrap();
+    std::fs::remove_file(at("data/becomes-directory")).unwrap();
+    std::fs::create_dir(at("data/becomes-directory")).unwrap();
+    std::fs::write(at("data/first"), vec![5; 100_000]).unwrap();
+    std::fs::hard_link(at("data/first"), at("data/second")).unwrap();
+    std::os::unix::fs::chown(at("data/first"), Some(1000), Some(70_000)).unwrap();
+    symlink("../etc/passwd", at("data/link")).unwrap();
+    let long = format!("data/{}", "n".repeat(200));
+    std::fs::write(at(&long), "long").unwrap();
+    let flags = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(at(&long), "user.note", b"a\0b", flags).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(at("data/fifo")).status().unwrap();
+    assert!(made.success());
+    let socket = std::os::unix::net::UnixListener::bind(at("data/socket")).unwrap();
+
+    let notes = commit::Notes { author: "Me".into(), comment: "why".into() };
+    let commit = async |name: &str| {
+        node.images.commit(&id, name, commit::Ids::default(), notes.clone()).await
+    };
+    let (name, made) = commit("r.example/made:1").await.unwrap();
+    assert_eq!((name.as_str(), made.names.as_slice()), ("r.example/made:1", &[name.clone()][..]));
+    assert_eq!(made.layers().len(), 3);
+    assert_eq!(made.layers()[..2], image.layers()[..]);
+    assert_eq!(made.defaults, image.defaults);
+    let config = node.images.raw_config(&made).await.unwrap();
+    assert!(config.contains("holdfast commit") && config.contains("\"why\""), "{config}");
+
+    std::fs::remove_file(at("data/socket")).unwrap();
+    // It would keep the mount busy.
+    drop(socket);
+    let other = ContainerId::random();
+    let copy = node.images.create_snapshot(&other, &made).await.unwrap();
+    let second = node.dir.path().join("second");
+    std::fs::create_dir(&second).unwrap();
+    copy.mount(false).unwrap().attach(&second).unwrap();
+    let (mut want, mut got) = (listing(&root), listing(&second));
+    // Removing the socket changed the time of its directory.
+    want.remove("\"data\"");
+    got.remove("\"data\"");
+    let unmount = |path: &Path| {
+        let status = std::process::Command::new("umount").arg(path).status().unwrap();
+        assert!(status.success());
+    };
+    unmount(&second);
+    unmount(&root);
+    assert_eq!(got, want);
+
+    assert_eq!(commit("UPPER").await.unwrap_err().kind(), Kind::Invalid);
+    let nobody = ContainerId::random();
+    let none =
+        node.images.commit(&nobody, "r.example/x:1", Default::default(), notes.clone()).await;
+    assert_eq!(none.unwrap_err().kind(), Kind::NotFound);
+    // Ids that the user namespace lacks.
+    let range = crate::pod::config::IdMapping { host_id: 5_000_000, container_id: 0, length: 10 };
+    let ids = commit::Ids { uids: vec![range], gids: vec![range] };
+    let refused = node.images.commit(&id, "r.example/x:1", ids, notes.clone()).await.unwrap_err();
+    assert_eq!(refused.kind(), Kind::Precondition, "{}", chain(&refused));
+    node.images.flush().await;
+    assert_eq!(std::fs::read_dir(node.dir.path().join("images/ingest")).unwrap().count(), 0);
 }

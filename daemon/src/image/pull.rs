@@ -21,6 +21,7 @@ use super::{
     Image, NewImage, Shared, Stopped, blocking,
     layers::{Layer, Slot, Staged, chain_id},
     manifest::{self, Config, Descriptor, Document, Manifest, Platform},
+    policy::{self, Transport},
     reference::{Object, Reference},
     registry::{self, Auth, MAX_MANIFEST, Remote},
     stream::{self, Expected},
@@ -76,6 +77,9 @@ pub enum Error {
     /// The record.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// The policy of the node.
+    #[error(transparent)]
+    Policy(#[from] policy::Error),
     /// Nobody waits for it any more.
     #[error("the pull was cancelled")]
     Cancelled,
@@ -130,6 +134,7 @@ impl Kinded for Error {
         };
         match self {
             Error::Registry(e) => e.kind(),
+            Error::Policy(e) => e.kind(),
             Error::Manifest(manifest::Error::Unsupported(_)) => Kind::Unsupported,
             Error::Manifest(manifest::Error::Platform { .. }) => Kind::NotFound,
             Error::Manifest(_) | Error::Archive(_) => Kind::Invalid,
@@ -206,8 +211,25 @@ pub(super) async fn pull(
     progress: &watch::Sender<Progress>,
     unpackers: &TaskTracker,
 ) -> Result<Arc<Image>, Error> {
+    let judge = {
+        let (shared, name) = (shared.clone(), reference.clone());
+        let policy = move || {
+            policy::judge(shared.config.policy.as_deref(), Transport::Registry, Some(&name))
+        };
+        blocking(policy).await??
+    };
+    judge.reject(&reference.to_string())?;
     let remote = shared.registries.remote(reference, auth).await?;
-    if let Some(image) = unchanged(shared, &remote, reference, platform).await? {
+    let unchanged = match unchanged(shared, &remote, reference, platform).await? {
+        // By the policy of now. If not by this digest, then perhaps by that of its manifest.
+        Some((image, target)) => match judge.pulled(&remote, reference, &[&target]).await {
+            Ok(()) => Some(image),
+            Err(policy::Error::Refused { .. }) => None,
+            Err(error) => return Err(error.into()),
+        },
+        None => None,
+    };
+    if let Some(image) = unchanged {
         progress.send_modify(|progress| {
             progress.layers = image
                 .layers
@@ -225,6 +247,10 @@ pub(super) async fn pull(
     let top = remote.manifest(reference.object()).await?;
     let target = top.digest.clone();
     let (document, manifest, bytes, config) = resolve(&remote, top, platform).await?;
+    // Before any layer is asked for.
+    let digests = [&target, &document.digest];
+    let digests = if target == document.digest { &digests[..1] } else { &digests[..] };
+    judge.pulled(&remote, reference, digests).await?;
     let wanted = wanted(&manifest.layers, &config)?;
     let size = manifest.layers.iter().map(|layer| layer.size).sum::<u64>()
         + manifest.config.size
@@ -255,7 +281,7 @@ async fn unchanged(
     remote: &Remote,
     reference: &Reference,
     platform: &Platform,
-) -> Result<Option<Arc<Image>>, Error> {
+) -> Result<Option<(Arc<Image>, Digest)>, Error> {
     let Some((image, target)) = shared.named(&reference.to_string()) else { return Ok(None) };
     let config = &image.platform;
     if (config.os.as_str(), config.architecture.as_str())
@@ -269,7 +295,7 @@ async fn unchanged(
         Err(registry::Error::Status { status, .. }) if status.is_client_error() => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    Ok(now.filter(|now| now.to_string() == target).map(|_| image))
+    Ok(now.filter(|now| now.to_string() == target).map(|now| (image, now)))
 }
 
 /// From what a name stands for to one manifest and its config.
@@ -518,6 +544,7 @@ impl Fetch<'_> {
                 };
                 let Some(data) = next else { break };
                 let length = data.len() as u64;
+                crate::metrics::counts().pull_bytes.inc_by(length);
                 if pieces.send(Piece::Data(data)).await.is_err() {
                     // The unpacker has given up and says why.
                     return Ok(());

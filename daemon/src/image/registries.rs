@@ -76,8 +76,11 @@ impl Kinded for Error {
     fn kind(&self) -> Kind {
         match self {
             Error::Ambiguous { .. } => Kind::Invalid,
-            Error::Blocked { .. } => Kind::Denied,
-            Error::Read { .. } | Error::Parse { .. } | Error::Value { .. } => Kind::Precondition,
+            // Not `Denied`: other credentials would not help.
+            Error::Blocked { .. }
+            | Error::Read { .. }
+            | Error::Parse { .. }
+            | Error::Value { .. } => Kind::Precondition,
         }
     }
 }

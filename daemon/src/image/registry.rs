@@ -14,6 +14,7 @@
 
 mod blob;
 mod challenge;
+pub mod push;
 
 use std::{
     collections::HashMap,
@@ -21,13 +22,13 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::Ordering},
     time::Duration,
 };
 
 use base64::Engine as _;
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper::{
     Method, Request, Response, StatusCode,
     body::Incoming,
@@ -125,6 +126,9 @@ pub enum Error {
     /// The registries.conf, or what it forbids.
     #[error(transparent)]
     Registries(#[from] registries::Error),
+    /// What is to be sent cannot be read.
+    #[error("read what is to be sent")]
+    Payload(#[source] std::io::Error),
     /// Certificates that the hosts.toml names.
     #[error("tls settings for {host}")]
     Tls {
@@ -253,12 +257,31 @@ impl Kinded for Error {
                 Kind::Unavailable
             }
             Error::TooLarge { .. } => Kind::Invalid,
+            Error::Payload(_) => Kind::Internal,
             Error::All { last, .. } => last.kind(),
         }
     }
 }
 
 impl Error {
+    /// Whether it says that something is not there.
+    pub(super) fn is_absence(&self) -> bool {
+        match self {
+            Error::NotFound { .. } => true,
+            Error::All { last, .. } => last.is_absence(),
+            _ => false,
+        }
+    }
+
+    /// Whether no server answered.
+    pub(super) fn is_unreachable(&self) -> bool {
+        match self {
+            Error::Connect { .. } | Error::Stalled { .. } => true,
+            Error::All { last, .. } => last.is_unreachable(),
+            _ => false,
+        }
+    }
+
     /// Whether the same request may succeed a moment later.
     fn is_transient(&self) -> bool {
         match self {
@@ -281,7 +304,7 @@ impl fmt::Display for Detail {
     }
 }
 
-type Http = Client<HttpsConnector<Connector>, Full<Bytes>>;
+type Http = Client<HttpsConnector<Connector>, push::Body>;
 
 /// What all remotes share: connections, and which guesses were right.
 pub struct Registries {
@@ -293,6 +316,8 @@ pub struct Registries {
     /// Scheme by authority, where it was guessed.
     schemes: Mutex<HashMap<String, String>>,
     conf: registries::Source,
+    /// Room for parts of blobs that come before their turn.
+    ahead: Arc<tokio::sync::Semaphore>,
 }
 
 impl Registries {
@@ -300,6 +325,7 @@ impl Registries {
     pub fn new(config: config::Images) -> Self {
         Self {
             conf: registries::Source::new(config.registries_conf.clone()),
+            ahead: Arc::new(tokio::sync::Semaphore::new(blob::BUDGET)),
             config,
             back_off: Duration::from_millis(250),
             proxies: Arc::new(Matcher::from_env()),
@@ -372,6 +398,7 @@ impl Registries {
             registry: reference.registry().to_owned(),
             helpers,
             servers,
+            actions: "pull",
         })
     }
 
@@ -508,6 +535,8 @@ pub struct Remote {
     /// Programs that know the node's credentials.
     helpers: Vec<String>,
     servers: Vec<Server>,
+    /// What a token must allow, where the server does not say.
+    actions: &'static str,
 }
 
 struct Server {
@@ -761,8 +790,10 @@ impl Remote {
     ) -> Result<Response<Incoming>, Error> {
         let mut attempt = 0;
         loop {
-            let error = match self.authorized(server, method.clone(), url, &headers).await {
-                Ok(response) => {
+            let none = push::Payload::None;
+            let sent = self.authorized(server, method.clone(), url, &headers, &none).await;
+            let error = match sent {
+                Ok((response, _)) => {
                     self.remember(server);
                     return Ok(response);
                 }
@@ -816,7 +847,8 @@ impl Remote {
         method: Method,
         url: &Url,
         headers: &HeaderMap,
-    ) -> Result<Response<Incoming>, Error> {
+        payload: &push::Payload,
+    ) -> Result<(Response<Incoming>, Url), Error> {
         let mut refused = false;
         loop {
             let (header, generation) = {
@@ -824,10 +856,10 @@ impl Remote {
                 (authorization.header.clone(), authorization.generation)
             };
             let (response, url) =
-                self.follow(server, method.clone(), url, headers, header.as_ref()).await?;
+                self.follow(server, method.clone(), url, headers, header.as_ref(), payload).await?;
             let status = response.status();
             if status.is_success() {
-                return Ok(response);
+                return Ok((response, url));
             }
             let challenge = Challenge::parse(response.headers());
             let same_server = url.origin() == server.host.base.origin();
@@ -934,7 +966,8 @@ impl Remote {
             token: Option<String>,
             access_token: Option<String>,
         }
-        let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", server.repository));
+        let scope =
+            scope.unwrap_or_else(|| format!("repository:{}:{}", server.repository, self.actions));
         let client = self.client_for(server, &realm)?;
         let mut attempt = 0;
         if !matches!(credentials, Some(Credentials::Identity(_))) {
@@ -971,9 +1004,9 @@ impl Remote {
             }
             let request = request
                 .header(header::USER_AGENT, USER_AGENT)
-                .body(Full::new(body))
+                .body(push::full(body))
                 .map_err(|e| Error::Connect { url: show(&realm), source: e.into() })?;
-            let error = match self.send(&client, &realm, request).await {
+            let error = match self.send(&client, &realm, request, None).await {
                 Ok(response) if response.status().is_success() => {
                     let body = Limited::new(response.into_body(), MAX_SMALL).collect();
                     let stall = self.registries.config.stall_timeout;
@@ -1012,6 +1045,7 @@ impl Remote {
         url: &Url,
         headers: &HeaderMap,
         authorization: Option<&HeaderValue>,
+        payload: &push::Payload,
     ) -> Result<(Response<Incoming>, Url), Error> {
         let mut url = url.clone();
         for _ in 0..=MAX_REDIRECTS {
@@ -1028,11 +1062,12 @@ impl Remote {
                     }
                 }
             }
+            let (body, sent) = payload.body().await.map_err(Error::Payload)?;
             let request = request
-                .body(Full::default())
+                .body(body)
                 .map_err(|e| Error::Connect { url: show(&url), source: e.into() })?;
             let client = self.client_for(server, &url)?;
-            let response = self.send(&client, &url, request).await?;
+            let response = self.send(&client, &url, request, Some(&sent)).await?;
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, url));
             }
@@ -1086,18 +1121,31 @@ impl Remote {
             .map_err(|source| Error::Tls { host: server.host.base.to_string(), source })
     }
 
-    /// One request, one answer (its head).
+    /// One request, one answer (its head). Time in which something is sent is no stall.
     async fn send(
         &self,
         client: &Http,
         url: &Url,
-        request: Request<Full<Bytes>>,
+        request: Request<push::Body>,
+        sent: Option<&push::Sent>,
     ) -> Result<Response<Incoming>, Error> {
         let stall = self.registries.config.stall_timeout;
-        match tokio::time::timeout(stall, client.request(request)).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(Error::Connect { url: show(url), source: error.into() }),
-            Err(_) => Err(Error::Stalled { url: show(url), after: stall }),
+        let mut answer = std::pin::pin!(client.request(request));
+        let mut before = 0;
+        loop {
+            match tokio::time::timeout(stall, &mut answer).await {
+                Ok(Ok(response)) => return Ok(response),
+                Ok(Err(error)) => {
+                    return Err(Error::Connect { url: show(url), source: error.into() });
+                }
+                Err(_) => {
+                    let now = sent.map_or(0, |sent| sent.load(Ordering::Relaxed));
+                    if now == before {
+                        return Err(Error::Stalled { url: show(url), after: stall });
+                    }
+                    before = now;
+                }
+            }
         }
     }
 }

@@ -77,8 +77,11 @@ pub(super) struct Snapshots {
     store: Store,
     known: Mutex<HashMap<ContainerId, Snapshot>>,
     /// Layers of the images that a container mounts; holding them keeps them on disk.
-    volumes: Mutex<HashMap<ContainerId, Vec<Arc<Layer>>>>,
+    volumes: Mutex<HashMap<ContainerId, Vec<Held>>>,
 }
+
+/// An image and its layers.
+type Held = (Digest, Vec<Arc<Layer>>);
 
 /// Whose files a mount shows: the ids on disk are those of a user namespace.
 #[derive(Debug)]
@@ -201,14 +204,22 @@ impl Snapshots {
     ) -> Result<ImageVolume, Error> {
         let numbers = layers.iter().map(|layer| layer.id()).collect();
         self.store.add_image_volume(id, mount, image, numbers).await?;
-        self.restore_volume(id.clone(), layers.clone());
+        self.restore_volume(id.clone(), image.clone(), layers.clone());
         Ok(ImageVolume { dirs: self.dirs.clone(), layers })
     }
 
     /// A volume that a record names.
-    pub(super) fn restore_volume(&self, id: ContainerId, layers: Vec<Arc<Layer>>) {
+    pub(super) fn restore_volume(&self, id: ContainerId, image: Digest, layers: Vec<Arc<Layer>>) {
         let mut volumes = self.volumes.lock().expect("no panic while it is held");
-        volumes.entry(id).or_default().extend(layers);
+        volumes.entry(id).or_default().push((image, layers));
+    }
+
+    /// Images that containers were made from or mount.
+    pub(super) fn images(&self) -> HashSet<Digest> {
+        let known = self.known.lock().expect("no panic while it is held");
+        let volumes = self.volumes.lock().expect("no panic while it is held");
+        let mounted = volumes.values().flatten().map(|(image, _)| image);
+        known.values().map(|snapshot| &snapshot.image).chain(mounted).cloned().collect()
     }
 
     /// One that a record names.
@@ -293,6 +304,11 @@ impl Snapshot {
     /// Id of the image it was made from.
     pub fn image(&self) -> &Digest {
         &self.image
+    }
+
+    /// The image's layers, from the bottom; `None`: somebody else removed one.
+    pub(super) fn layers(&self) -> Option<&[Arc<Layer>]> {
+        self.layers.as_deref()
     }
 
     /// The writable layer.

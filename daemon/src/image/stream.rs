@@ -6,6 +6,7 @@ use std::{
     io::{self, BufRead, Read},
     os::fd::AsFd,
     path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use sha2::{Digest as _, Sha256};
@@ -19,6 +20,12 @@ use crate::{config::LayerFormat, id::Digest};
 
 /// Largest window of a zstd frame, as a power of two: what the zstd tool accepts by default.
 const ZSTD_WINDOW_LOG: u32 = 27;
+
+/// Windows above this are decoded one at a time: the memory of a pull is bounded whatever the image.
+const LARGE_WINDOW: u64 = 8 << 20;
+
+/// Held while such a frame is decoded.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Why a layer did not become a directory.
 #[derive(Debug, thiserror::Error)]
@@ -145,9 +152,9 @@ fn source_error(error: io::Error) -> Error {
 /// No tar archive begins with either magic number, as an entry's name comes first and its checksum
 /// would have to fit.
 pub fn inflate<'a>(mut source: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    let mut head = [0; 4];
+    let mut head = [0; ZSTD_HEAD];
     let mut length = 0;
-    while length < 4 {
+    while length < head.len() {
         match source.read(&mut head[length..]) {
             Ok(0) => break,
             Ok(n) => length += n,
@@ -157,16 +164,59 @@ pub fn inflate<'a>(mut source: impl BufRead + 'a) -> io::Result<Box<dyn Read + '
     }
     // From the source's own buffer: nothing is copied on the way to the decoder.
     let rest = io::Cursor::new(head).take(length as u64).chain(source);
-    Ok(match head {
+    Ok(match head[..4] {
         [0x1f, 0x8b, ..] => Box::new(flate2::bufread::MultiGzDecoder::new(rest)),
         // A frame, or a frame to be skipped.
         [0x28, 0xb5, 0x2f, 0xfd] | [0x50..=0x5f, 0x2a, 0x4d, 0x18] => {
+            let alone = (window(&head) > LARGE_WINDOW)
+                .then(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner));
             let mut decoder = zstd::stream::read::Decoder::with_buffer(rest)?;
             decoder.window_log_max(ZSTD_WINDOW_LOG)?;
-            Box::new(decoder)
+            Box::new(Zstd { decoder, _alone: alone })
         }
         _ => Box::new(rest),
     })
+}
+
+/// Bytes of a zstd frame that tell its window.
+const ZSTD_HEAD: usize = 14;
+
+/// The window of the frame that begins with `head`, in bytes (RFC 8878, section 3.1.1.1); 0 for a frame
+/// that is to be skipped.
+fn window(head: &[u8; ZSTD_HEAD]) -> u64 {
+    if head[..4] != [0x28, 0xb5, 0x2f, 0xfd] {
+        return 0;
+    }
+    let (flags, rest) = (head[4], &head[5..]);
+    let is_single_segment = flags & 0x20 != 0;
+    if !is_single_segment {
+        let base = 1u64 << (10 + (rest[0] >> 3));
+        return base + base / 8 * u64::from(rest[0] & 7);
+    }
+    // The window is the content; its size comes after the id of a dictionary.
+    let at = [0, 1, 2, 4][usize::from(flags & 3)];
+    let size = |length: usize| {
+        let bytes = &rest[at..(at + length).min(rest.len())];
+        bytes.iter().rev().fold(0, |size, byte| size << 8 | u64::from(*byte))
+    };
+    match flags >> 6 {
+        0 => size(1),
+        1 => size(2) + 256,
+        2 => size(4),
+        _ => size(8),
+    }
+}
+
+/// A decoder, and the right to a large window if it needs one.
+struct Zstd<D> {
+    decoder: D,
+    _alone: Option<MutexGuard<'static, ()>>,
+}
+
+impl<D: Read> Read for Zstd<D> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.decoder.read(out)
+    }
 }
 
 /// Counts and hashes what passes.
@@ -207,5 +257,48 @@ impl<R: BufRead> Read for Hashed<R> {
         out[..length].copy_from_slice(&buffer[..length]);
         self.consume(length);
         Ok(length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn head(bytes: &[u8]) -> [u8; ZSTD_HEAD] {
+        let mut head = [0; ZSTD_HEAD];
+        let length = bytes.len().min(ZSTD_HEAD);
+        head[..length].copy_from_slice(&bytes[..length]);
+        head
+    }
+
+    #[test]
+    fn the_window_of_a_frame_is_known_from_its_head() {
+        for log in [17, 20, 23, 24, 27] {
+            let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 3).unwrap();
+            encoder.window_log(log).unwrap();
+            // More than fits: the size is not known when the head is written.
+            encoder.write_all(&vec![7; 300_000]).unwrap();
+            encoder.flush().unwrap();
+            let frame = encoder.finish().unwrap();
+            assert_eq!(window(&head(&frame)), 1 << log);
+        }
+        for size in [100, 10_000, 200_000] {
+            // Known: one segment.
+            let frame = zstd::bulk::compress(&vec![7; size], 3).unwrap();
+            assert_eq!(window(&head(&frame)), size as u64);
+        }
+        assert_eq!(window(&head(b"\x50\x2a\x4d\x18\xff\xff\xff\xff")), 0);
+        assert_eq!(window(&[0xff; ZSTD_HEAD]), 0);
+    }
+
+    #[test]
+    fn short_and_plain_content_passes_as_it_is() {
+        for content in [&b""[..], b"a", b"\x1f", b"no archive, but more than a head of it"] {
+            let mut read = Vec::new();
+            inflate(content).unwrap().read_to_end(&mut read).unwrap();
+            assert_eq!(read, content);
+        }
     }
 }

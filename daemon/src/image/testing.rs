@@ -419,10 +419,12 @@ impl State {
         let range = request.headers().get(header::RANGE).map(|v| v.to_str().unwrap());
         let mut body = content.clone();
         if let Some(range) = range {
-            let from: usize =
-                range.strip_prefix("bytes=").unwrap().strip_suffix('-').unwrap().parse().unwrap();
-            body = content.slice(from..);
-            let text = format!("bytes {from}-{}/{}", content.len() - 1, content.len());
+            let (from, to) = range.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+            let from: usize = from.parse().unwrap();
+            let to = if to.is_empty() { content.len() } else { to.parse::<usize>().unwrap() + 1 };
+            let to = to.min(content.len());
+            body = content.slice(from..to);
+            let text = format!("bytes {from}-{}/{}", to - 1, content.len());
             response =
                 response.status(StatusCode::PARTIAL_CONTENT).header(header::CONTENT_RANGE, text);
         }
@@ -439,6 +441,19 @@ pub(super) fn full(body: impl Into<Bytes>) -> Body {
 
 pub(super) fn response(status: u16, body: &str) -> Response<Body> {
     Response::builder().status(status).body(full(body.to_owned())).unwrap()
+}
+
+/// Sends `body` in pieces with pauses in between.
+pub(super) fn slow(body: Bytes, piece: usize, pause: std::time::Duration) -> Body {
+    let stream = futures::stream::unfold(body, move |mut body| async move {
+        if body.is_empty() {
+            return None;
+        }
+        tokio::time::sleep(pause).await;
+        let piece = body.split_to(piece.min(body.len()));
+        Some((Ok(Frame::data(piece)), body))
+    });
+    BodyExt::boxed(StreamBody::new(SyncStream(Mutex::new(stream.boxed()))))
 }
 
 /// Sends `body`, and then breaks the connection, or hangs.

@@ -49,6 +49,10 @@ impl Node {
         Self::with(|_| {}).await
     }
 
+    async fn of(format: config::LayerFormat) -> Self {
+        Self::with(|config| config.layer_format = format).await
+    }
+
     pub(super) async fn with(change: impl Fn(&mut config::Images)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config(dir.path());
@@ -186,6 +190,15 @@ async fn a_pulled_image_is_found_by_all_its_names_and_survives_a_restart() {
 
 #[tokio::test]
 async fn a_container_sees_its_image_and_writes_beside_it() {
+    a_container_sees(config::LayerFormat::Directories).await;
+}
+
+#[tokio::test]
+async fn a_container_sees_its_image_and_writes_beside_it_of_erofs_layers() {
+    a_container_sees(config::LayerFormat::Erofs).await;
+}
+
+async fn a_container_sees(format: config::LayerFormat) {
     let registry = FakeRegistry::start().await;
     let top = Tar::new()
         .dir("etc")
@@ -198,7 +211,7 @@ async fn a_container_sees_its_image_and_writes_beside_it() {
     let middle =
         Tar::new().dir("etc").file("etc/gone", "x").dir("opaque").file("opaque/x", "").end();
     registry.put("a", "1", &TestImage::new(&[base(), middle, top]));
-    let node = Node::new().await;
+    let node = Node::of(format).await;
     let image = node.pull(&registry.reference("a:1")).await.unwrap();
     let id = ContainerId::random();
     let snapshot = node.images.create_snapshot(&id, &image).await.unwrap();
@@ -243,11 +256,21 @@ async fn a_container_sees_its_image_and_writes_beside_it() {
 
 #[tokio::test]
 async fn an_image_without_layers_and_one_with_the_same_layer_twice_can_be_mounted() {
+    without_layers_and_twice(config::LayerFormat::Directories).await;
+}
+
+#[tokio::test]
+async fn an_image_without_layers_and_one_with_the_same_layer_twice_can_be_mounted_of_erofs_layers()
+{
+    without_layers_and_twice(config::LayerFormat::Erofs).await;
+}
+
+async fn without_layers_and_twice(format: config::LayerFormat) {
     let registry = FakeRegistry::start().await;
     registry.put("none", "1", &TestImage::new(&[]));
     let (a, b) = (layer("a"), Tar::new().dir("etc").file("etc/.wh.a", "").end());
     registry.put("twice", "1", &TestImage::new(&[a.clone(), b.clone(), a.clone(), b, a]));
-    let node = Node::new().await;
+    let node = Node::of(format).await;
     for (name, found) in [("none:1", None), ("twice:1", Some(b"a".to_vec()))] {
         let image = node.pull(&registry.reference(name)).await.unwrap();
         let id = ContainerId::random();
@@ -1107,7 +1130,16 @@ async fn two_images_that_share_a_layer_download_it_once() {
 
 #[tokio::test]
 async fn implied_directories_look_like_those_below() {
-    let node = Node::new().await;
+    implied_directories(config::LayerFormat::Directories).await;
+}
+
+#[tokio::test]
+async fn implied_directories_look_like_those_below_of_erofs_layers() {
+    implied_directories(config::LayerFormat::Erofs).await;
+}
+
+async fn implied_directories(format: config::LayerFormat) {
+    let node = Node::of(format).await;
     let registry = FakeRegistry::start().await;
     let below = Tar::new()
         .dir("usr")
@@ -1357,6 +1389,36 @@ async fn a_pull_that_is_tried_again_goes_on_from_the_layers_that_are_complete() 
     assert!(layers::numbered(&root.join("recipes")).unwrap().is_empty());
 }
 
+/// Layers that are here stay as they are when the configuration changes, and go with others.
+#[tokio::test]
+async fn an_image_may_have_layers_of_both_kinds() {
+    let registry = FakeRegistry::start().await;
+    let (one, two) = ([base(), layer("one")], [base(), layer("one"), layer("two"), layer("three")]);
+    registry.put("a", "1", &TestImage::new(&one));
+    registry.put("a", "2", &TestImage::new(&two));
+    let mut node = Node::of(config::LayerFormat::Erofs).await;
+    let first = node.pull(&registry.reference("a:1")).await.unwrap();
+    assert!(first.hold_layers().iter().all(|layer| layer.path().is_file()));
+    drop(first);
+    let mut config = node.images.shared.config.clone();
+    config.layer_format = config::LayerFormat::Directories;
+    node.images.shutdown().await;
+    node.images = open(node.dir.path(), config).await;
+    let image = node.pull(&registry.reference("a:2")).await.unwrap();
+    let kinds: Vec<bool> = image.hold_layers().iter().map(|layer| layer.path().is_file()).collect();
+    assert_eq!(kinds, [true, true, false, false]);
+    assert!(archives(&image) == two);
+    let snapshot = node.images.create_snapshot(&ContainerId::random(), &image).await.unwrap();
+    let mounted = snapshot.mount(false).unwrap();
+    for name in ["one", "two", "three"] {
+        let text = mounted.read(&format!("etc/{name}"), 10).unwrap();
+        assert_eq!(text.unwrap(), name.as_bytes());
+    }
+    drop((mounted, snapshot, image));
+    node.images.remove(&registry.reference("a:1")).await.unwrap();
+    node.images.remove(&registry.reference("a:2")).await.unwrap();
+}
+
 /// A layer of a boot that is over may lack what was never synced.
 #[tokio::test]
 async fn what_was_unpacked_before_a_reboot_and_not_recorded_is_not_used() {
@@ -1412,9 +1474,9 @@ async fn a_shutdown_ends_pulls_and_leaves_nothing() {
 }
 
 /// Debian's docker-registry on a free port of loopback. Killed by its pid when dropped.
-struct DockerRegistry {
+pub(super) struct DockerRegistry {
     child: Child,
-    address: std::net::SocketAddr,
+    pub(super) address: std::net::SocketAddr,
     _dir: tempfile::TempDir,
 }
 
@@ -1426,7 +1488,7 @@ impl Drop for DockerRegistry {
 }
 
 impl DockerRegistry {
-    async fn start() -> Self {
+    pub(super) async fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let config = dir.path().join("config.yml");

@@ -14,12 +14,15 @@ use holdfast_shim::{
     client::{Client, CreateTask, ErrorKind, TaskStatus},
     options,
 };
+use oci_spec::runtime::Spec;
 use tracing::warn;
 
 use super::{
     Error, Pod, PodView, Services,
     config::{ContainerConfig, PidMode, PodRef, Resources, User},
-    extras, foreign, io_at, readback, recover,
+    extras, foreign, io_at,
+    nri::{self, Change as Limits},
+    readback, recover,
     run::{remove_dir, unmount},
     state::{Change, ContainerState},
     task::Effect,
@@ -29,7 +32,7 @@ use crate::{
     config::CgroupDriver,
     error::chain,
     id::ContainerId,
-    image::{Image, Owners},
+    image::{Image, Mounted, Owners},
     shims::private_dir,
     spec::{self, NamespacePaths, PidNamespace, PodFiles},
     store::pods::{ContainerRecord, PodRecord},
@@ -72,6 +75,7 @@ pub(super) async fn create(
         created_at: SystemTime::now(),
         state: ContainerState::Creating,
         config,
+        asked_resources: None,
     };
     services.store.put_container(&record).await?;
     let client = pod.client().await?;
@@ -89,9 +93,11 @@ pub(super) async fn create(
             if let Ok(state) = record.state.clone().apply(Change::Created { pid }) {
                 record.state = state;
             }
+            nri::post_create(&services, &view.record, &record).await;
             Ok(Effect::Created(Box::new(record)))
         }
         Err(error) => {
+            nri::undo_create(&services, &view.record, &record).await;
             let client = match lost_shim(&error) {
                 false => Some(client),
                 true => {
@@ -141,12 +147,18 @@ async fn make(
     let image = image.clone();
     let at = bundle.clone();
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
-    let user = tokio::task::spawn_blocking(move || {
+    let prepared = tokio::task::spawn_blocking(move || {
         prepare(&shared, &pod, draft, &image, &snapshot, &held, &namespaces, &at)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
-    record.user = user;
+    record.user = prepared.user;
+    let json = nri::create(services, &view.record, record, prepared.spec).await?;
+    let (draft, at) = (record.clone(), bundle.clone());
+    let (mounted, made_dirs) = (prepared.mounted, prepared.made_dirs);
+    tokio::task::spawn_blocking(move || fill(&draft, &at, &json, mounted, made_dirs))
+        .await
+        .unwrap_or(Err(Error::Panicked))?;
 
     if let Some(handler) = &view.record.foreign {
         let created = foreign::create(services, &view.record, handler, record, &bundle).await;
@@ -177,6 +189,14 @@ async fn make(
     client.create(task).await.map_err(|source| Error::Create { name, command, source })
 }
 
+/// A container but for its bundle.
+struct Prepared {
+    user: User,
+    spec: Spec,
+    mounted: Mounted,
+    made_dirs: MadeDirs,
+}
+
 #[expect(clippy::too_many_arguments, reason = "one step, cut out for its thread")]
 /// Root file system, account, OCI spec: all that the runtime is given.
 fn prepare(
@@ -188,7 +208,7 @@ fn prepare(
     held: &[volumes::Held],
     namespaces: &NamespacePaths,
     bundle: &Bundle,
-) -> Result<User, Error> {
+) -> Result<Prepared, Error> {
     let name = &record.config.name;
     let image_error = |source| Error::Image { name: name.clone(), source };
     let spec_error = |source| Error::Spec { name: name.clone(), source };
@@ -269,17 +289,28 @@ fn prepare(
     };
     let mut spec = spec::generate(&input).map_err(spec_error)?;
     extras::amend(services, pod, &record.config, &facts, &mut spec)?;
+    foreign::apart(pod, &mut spec);
+    Ok(Prepared { user, spec, mounted, made_dirs })
+}
 
+/// Its bundle: the spec, and the root file system in its place.
+fn fill(
+    record: &ContainerRecord,
+    bundle: &Bundle,
+    json: &[u8],
+    mounted: Mounted,
+    made_dirs: MadeDirs,
+) -> Result<(), Error> {
     let rootfs = bundle.rootfs();
     private_dir(&rootfs).map_err(io_at("make", &rootfs))?;
-    let json = serde_json::to_vec(&spec).expect("a spec serialises");
     std::fs::write(bundle.config(), json).map_err(io_at("write", &bundle.config()))?;
     if let Some(dir) = record.log.parent().filter(|d| !d.as_os_str().is_empty()) {
         std::fs::create_dir_all(dir).map_err(io_at("make log directory", dir))?;
     }
+    let image_error = |source| Error::Image { name: record.config.name.clone(), source };
     mounted.attach(&rootfs).map_err(image_error)?;
     made_dirs.keep();
-    Ok(user)
+    Ok(())
 }
 
 /// Directories that were made on the node for a container; removed again if it is not made.
@@ -351,6 +382,7 @@ pub(super) async fn start(
     id: ContainerId,
 ) -> Result<Effect, Error> {
     let mut client = foreign::tasks(&services, &pod, &id).await?;
+    nri::start(&services, &pod, &id).await?;
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
     loop {
@@ -547,6 +579,7 @@ pub(super) async fn remove(
 ) -> Result<Effect, Error> {
     let container = pod.container(&id)?;
     stop(&services, pod.clone(), id.clone(), Duration::ZERO).await?;
+    nri::remove(&services, &pod, &id).await;
     take_away(&services, shim_of(&pod).as_ref(), &container.record).await?;
     Ok(Effect::Removed(id))
 }
@@ -600,6 +633,7 @@ pub(super) async fn discard(
     pod: Pod,
     record: ContainerRecord,
 ) -> Result<Effect, Error> {
+    nri::undo_create(&services, &pod.view().record, &record).await;
     let client = pod.client().await.ok();
     if client.is_none() {
         let bundle = services.shims.container_bundle(&record.id);
@@ -635,22 +669,23 @@ pub(super) async fn update(
     services: Arc<Services>,
     pod: Pod,
     record: ContainerRecord,
-    resources: Box<Resources>,
+    change: Box<Limits>,
 ) -> Result<Effect, Error> {
     let id = record.id;
-    let mut merged = record.config.resources.merged(*resources);
+    let Limits { resources, more } = *change;
+    let mut merged = record.config.resources.merged(resources);
     if !record.state.is_exited() {
         let client = foreign::tasks(&services, &pod, &id).await?;
         let linux = spec::update(&merged, &services.node)
             .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
-        let json = serde_json::to_vec(&linux).expect("resources serialise");
+        let json = Limits::json(more.as_deref(), &linux);
         let mut updated = client.update(id.as_str(), json).await;
         // crun 1.8 cannot take a quota away on cgroup v1: it writes -1 as an unsigned number.
         if updated.is_err() && merged.cpu_quota == -1 && remove_quota(record.state.pid()).await {
             let rest = Resources { cpu_quota: 0, ..merged.clone() };
             let linux = spec::update(&rest, &services.node)
                 .map_err(|source| Error::Spec { name: record.config.name.clone(), source })?;
-            let json = serde_json::to_vec(&linux).expect("resources serialise");
+            let json = Limits::json(more.as_deref(), &linux);
             updated = client.update(id.as_str(), json).await;
         }
         updated.map_err(|source| Error::Task { what: "update", id: id.clone(), source })?;

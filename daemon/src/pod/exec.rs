@@ -111,6 +111,7 @@ impl Exec {
         let config = services.shims.container_bundle(id).config();
         let spec = std::fs::read(&config).map_err(io_at("read", &config))?;
         let spec: oci_spec::runtime::Spec = serde_json::from_slice(&spec)
+            .and_then(|spec| super::nri::typed(&spec))
             .map_err(|e| io_at("parse", &config)(io::Error::new(io::ErrorKind::InvalidData, e)))?;
         let process = spec::process_for_exec(&spec, &terms.command, terms.tty);
         let process = serde_json::to_vec(&process).expect("a process serialises");

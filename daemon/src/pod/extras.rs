@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Where the kernel's RDT interface is mounted.
-const RESCTRL: &str = "/sys/fs/resctrl";
+pub(super) const RESCTRL: &str = "/sys/fs/resctrl";
 
 /// Devices as this node's configuration wants them.
 pub(super) fn devices(

@@ -17,6 +17,7 @@ use holdfast_shim::{
     client::{self, Client, CreateTask, ErrorKind, TaskStatus},
     control::{Control, Relay},
 };
+use oci_spec::runtime::Spec;
 use tracing::{info, warn};
 
 use super::{
@@ -162,6 +163,21 @@ pub(super) async fn create(
     };
     let control = Control::new(&services.shims.pod_bundle(&pod.id));
     control.relay(relay).await?;
+    let made = made(services, pod, handler, record, bundle).await;
+    if made.is_err() {
+        services.shims.settle(&pod.id, record.id.as_str()).await;
+    }
+    made
+}
+
+async fn made(
+    services: &Services,
+    pod: &PodRecord,
+    handler: &ForeignHandler,
+    record: &ContainerRecord,
+    bundle: &Bundle,
+) -> Result<u32, client::Error> {
+    let config = &record.config;
     let client = client_for_new(services, pod, handler, &record.id, bundle).await?;
     let path = |there: bool, path: std::path::PathBuf| match there {
         true => path.display().to_string(),
@@ -367,6 +383,18 @@ pub(super) async fn watch_sandbox(services: Arc<Services>, pod: Pod) -> Result<E
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(PAUSES.1);
+    }
+}
+
+/// Takes from a container of gVisor under our own shim the mark by which runsc would look for a pod's
+/// sandbox to put it into: each has its own, whose process ends when it does.
+pub(super) fn apart(pod: &PodRecord, spec: &mut Spec) {
+    let name = pod.runtime.file_name().unwrap_or_default().to_string_lossy();
+    if pod.foreign.is_none()
+        && name.starts_with("runsc")
+        && let Some(annotations) = spec.annotations_mut()
+    {
+        annotations.remove("io.kubernetes.cri.container-type");
     }
 }
 

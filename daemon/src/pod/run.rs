@@ -19,7 +19,7 @@ use tracing::warn;
 use super::{
     Error, Pod, Services,
     config::{IdMapping, PidMode, PodConfig},
-    container, foreign, io_at,
+    container, foreign, io_at, nri,
     task::Effect,
     volumes,
 };
@@ -44,6 +44,7 @@ pub(super) async fn bring_up(
     match steps(&services, &record).await {
         Ok(up) => Ok(Effect::Up(up)),
         Err(error) => {
+            nri::undo_pod(&services, &record).await;
             undo(&services, &record).await;
             Err(error)
         }
@@ -67,6 +68,7 @@ pub(super) async fn discard(
     services: Arc<Services>,
     record: Arc<PodRecord>,
 ) -> Result<Effect, Error> {
+    nri::undo_pod(&services, &record).await;
     take_away(&services, &record).await?;
     Ok(Effect::Gone)
 }
@@ -126,6 +128,7 @@ async fn steps(services: &Arc<Services>, record: &PodRecord) -> Result<Up, Error
         ips
     };
     foreign::bring_up(services, record).await?;
+    nri::run_pod(services, PodRecord { ips: ips.clone(), ..record.clone() }).await?;
     Ok(Up { endpoint, client, ips })
 }
 
@@ -262,6 +265,8 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
         // Another one by now, perhaps.
         client = pod.connected();
     }
+    // As they are now, ended.
+    nri::stop_pod(&services, &pod.view()).await;
     tear_down(&services, &view.record, client).await?;
     Ok(Effect::Stopped)
 }
@@ -270,6 +275,7 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
 pub(super) async fn remove(services: Arc<Services>, pod: Pod) -> Result<Effect, Error> {
     stop(services.clone(), pod.clone()).await?;
     let view = pod.view();
+    nri::remove_pod(&services, &view).await;
     for container in view.containers.values() {
         container::take_away(&services, None, &container.record).await?;
     }
@@ -286,15 +292,15 @@ async fn tear_down(
 ) -> Result<(), Error> {
     let id = &record.id;
     let bundle = services.shims.pod_bundle(id);
+    let client = match client {
+        Some(client) => Some(client),
+        None => live_shim(services, record).await,
+    };
     foreign::tear_down(services, record).await?;
     // While the namespace is still there: plugins look into it.
     let detached = services.network.detach(id).await;
     detached.map_err(|source| Error::Network { id: id.clone(), source })?;
 
-    let client = match client {
-        Some(client) => Some(client),
-        None => live_shim(services, record).await,
-    };
     let shim = |what| move |source| Error::Shim { what, id: id.clone(), source };
     if let Some(client) = client {
         let mut died = false;
@@ -318,9 +324,13 @@ async fn tear_down(
         services.shims.delete_dead_pod(id).await.map_err(shim("clean up after the shim"))?;
     }
     let (bundle, own_cgroup) = (bundle.clone(), record.config.cgroup_parent.is_empty());
-    let of = id.clone();
+    let (of, record) = (id.clone(), record.clone());
     tokio::task::spawn_blocking(move || {
         unmount(&bundle.shm())?;
+        // The kubelet removes it with the pod's cgroup, if it cannot be removed now.
+        if let Err(error) = crate::cadvisor::remove_mark(&record) {
+            warn!(pod = of.short(), %error, "a cgroup is left");
+        }
         if own_cgroup {
             // Containers without a parent of the kubelet's live below a group of ours.
             let path = spec::own_cgroup(&of);

@@ -19,12 +19,14 @@ use tokio::{
     sync::{mpsc, oneshot, watch},
     task::{Id, JoinError, JoinSet},
 };
-use tracing::{Instrument, info, warn};
+use tracing::{Instrument, Span, info, warn};
 
 use super::{
     ContainerView, Error, Pod, PodView, Pods, Shared,
     config::{ContainerConfig, Resources},
-    container, foreign, recover, run,
+    container, foreign,
+    nri::Change as Limits,
+    recover, run,
     state::{Change, Exit, PodState},
 };
 use crate::{
@@ -34,6 +36,7 @@ use crate::{
     id::ContainerId,
     shims::Link,
     store::pods::{ContainerRecord, PodRecord},
+    trace::TARGET,
 };
 
 /// How long operations may still take when the daemon is asked to end. What is not done by then is
@@ -59,7 +62,7 @@ pub(super) enum Request {
     },
     Update {
         id: ContainerId,
-        resources: Box<Resources>,
+        change: Box<Limits>,
     },
     /// Replace the shim's code.
     Upgrade {
@@ -85,14 +88,11 @@ pub(super) enum Command {
     Request {
         request: Request,
         reply: Reply,
+        /// What it is traced below.
+        cause: Span,
     },
     /// A container's first process ended. `taken` is answered when the record of it is written.
-    Exited {
-        id: ContainerId,
-        at: SystemTime,
-        how: Exit,
-        taken: oneshot::Sender<()>,
-    },
+    Exited { id: ContainerId, at: SystemTime, how: Exit, taken: oneshot::Sender<()> },
 }
 
 /// An operation: what a second request can join, and what others must not overlap with.
@@ -134,6 +134,22 @@ impl Op {
             | Op::Link
             | Op::Watch
             | Op::Ends(_) => false,
+        }
+    }
+
+    /// Its name in a trace; what nobody asks for is in none.
+    fn name(&self) -> Option<&'static str> {
+        match self {
+            Op::Run => Some("run pod"),
+            Op::StopPod => Some("stop pod"),
+            Op::RemovePod => Some("remove pod"),
+            Op::Create(..) => Some("create container"),
+            Op::Start(_) => Some("start container"),
+            Op::Remove(_) => Some("remove container"),
+            Op::Update(_) => Some("update container"),
+            Op::UpdatePod => Some("update pod"),
+            Op::Upgrade => Some("upgrade shim"),
+            Op::Ends(_) | Op::Reap(_) | Op::Discard(_) | Op::Link | Op::Watch => None,
         }
     }
 
@@ -223,6 +239,8 @@ pub(super) struct Owner {
     commands: mpsc::Receiver<Command>,
     view: watch::Sender<Arc<PodView>>,
     link: watch::Sender<Link>,
+    /// By which the log knows the pod.
+    span: Span,
 }
 
 impl Owner {
@@ -260,12 +278,14 @@ impl Owner {
             commands,
             view,
             link,
+            span: Span::none(),
         };
         (pod, owner)
     }
 
     pub(super) async fn run(mut self) {
         let span = tracing::info_span!("pod", id = self.pod.id.short());
+        self.span = span.clone();
         async {
             self.serve().await;
             self.drain().await;
@@ -332,7 +352,12 @@ impl Owner {
         op: Op,
         work: impl Future<Output = Result<Effect, Error>> + Send + 'static,
     ) {
-        let handle = self.ops.spawn(work.in_current_span());
+        // The log knows it by the pod, a trace by the request.
+        let traced = match op.name() {
+            Some(name) => tracing::info_span!(target: TARGET, "pod", otel.name = name),
+            None => Span::none(),
+        };
+        let handle = self.ops.spawn(work.instrument(traced).instrument(self.span.clone()));
         self.running.insert(handle.id(), op);
     }
 
@@ -353,7 +378,10 @@ impl Owner {
 
     async fn command(&mut self, command: Command) {
         match command {
-            Command::Request { request, reply } => self.request(request, reply),
+            Command::Request { request, reply, cause } => {
+                let _below = cause.enter();
+                self.request(request, reply);
+            }
             Command::Exited { id, at, how, taken } => {
                 if self.exited(&id, at, how).await {
                     // Nobody waits if the connection to the shim went meanwhile: it tells again.
@@ -428,7 +456,7 @@ impl Owner {
                 };
                 if let Some(found) = self.containers.values().find(same) {
                     let found = &found.view.record;
-                    let retry = found.config == *config
+                    let retry = found.is_of(&config)
                         && matches!(found.state, super::state::ContainerState::Created { .. });
                     if retry {
                         let _ = reply.send(Ok(Answer::Container(found.id.clone())));
@@ -482,13 +510,13 @@ impl Owner {
                 }
                 self.join(Op::Remove(id.clone()), reply, container::remove(services, pod, id));
             }
-            Request::Update { id, resources } => {
+            Request::Update { id, change } => {
                 let Some(container) = self.containers.get(&id) else {
                     return Err((Error::NoContainer(id.to_string()), reply));
                 };
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
-                self.join(op, reply, container::update(services, pod, record, resources));
+                self.join(op, reply, container::update(services, pod, record, change));
             }
             Request::Upgrade { binary } => {
                 if self.record.state != PodState::Ready {
@@ -587,6 +615,7 @@ impl Owner {
                 }
                 self.connected(up.client);
                 self.publish(self.pod.id.clone(), Kind::Started);
+                services.nri.listed(self.pod.id.as_str());
                 info!(
                     name = %self.record.config.name,
                     namespace = %self.record.config.namespace,
@@ -620,6 +649,7 @@ impl Owner {
                 self.containers.insert(id.clone(), Container::new(*record));
                 self.watch_foreign(&id, Duration::ZERO);
                 self.publish(id.clone(), Kind::Created);
+                services.nri.listed(id.as_str());
                 if let Some((at, how)) = self.early.remove(&id) {
                     self.exited(&id, at, how).await;
                 }
@@ -627,6 +657,9 @@ impl Owner {
             }
             Effect::Started { id, at } => {
                 self.change(&id, Change::Started { at }).await?;
+                if let Some(container) = self.containers.get(&id) {
+                    self.pods.announce_start(&self.view.borrow(), &container.view);
+                }
             }
             Effect::Removed(id) => {
                 services.store.delete_container(&id).await?;
@@ -678,6 +711,7 @@ impl Owner {
             }
             Effect::Dead { exits } => {
                 warn!("the pod's shim is dead");
+                crate::metrics::counts().shims_lost.inc();
                 self.link.send_replace(Link::Down);
                 services.shims.let_go(&self.pod.id);
                 for seen in exits {
@@ -846,10 +880,15 @@ impl Owner {
             return true;
         }
         let name = container.view.record.config.name.clone();
-        let code = how.code();
+        let (code, reason) = (how.code(), how.reason());
         match self.change(id, Change::Exited { at, how }).await {
             Ok(()) => {
                 info!(container = id.short(), name, code, "container ended");
+                let exits = &crate::metrics::counts().container_exits;
+                exits.get_or_create(&[("reason", reason.into())]).inc();
+                if let Some(container) = self.containers.get(id) {
+                    self.pods.announce_exit(&self.view.borrow(), &container.view);
+                }
                 self.reap(id.clone());
                 true
             }

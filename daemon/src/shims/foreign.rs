@@ -14,7 +14,6 @@ use std::{
     time::Duration,
 };
 
-use futures::FutureExt as _;
 use holdfast_protos::shim::protobuf::{CodedOutputStream, well_known_types::any::Any};
 use holdfast_shim::{
     bundle::Bundle,
@@ -31,7 +30,7 @@ use tracing::{debug, warn};
 
 use super::{BINARY, CONNECT, Shims};
 use crate::{
-    config::{ForeignHandler, Sandboxing, find_program},
+    config::{ForeignHandler, find_program},
     error::chain,
     id::{ContainerId, PodId},
 };
@@ -153,7 +152,7 @@ impl Foreign {
     fn known(&self, address: &str) -> Option<Client> {
         let mut clients = lock(&self.clients);
         let client = clients.get(address)?.clone();
-        if client.closed().now_or_never().is_some() {
+        if client.is_closed() {
             clients.remove(address);
             return None;
         }
@@ -254,16 +253,28 @@ impl Shims {
         let log = command.open_log().map_err(io)?;
         self.foreign.read_log(bundle, log, id);
         let started = async {
-            let endpoint = command.start(BINARY).await?;
-            match self.connect_foreign(&endpoint).await {
-                Ok(client) => Ok((endpoint, client)),
+            let endpoint = command.start(self.timeout).await?;
+            let answered = async {
+                let client = self.connect_foreign(&endpoint).await?;
+                // Who does not answer this does not answer anything.
+                let pid = match client.connect_info(id).await {
+                    Ok(info) => info.shim_pid,
+                    Err(client::Error::Refused { .. }) => 0,
+                    Err(error) => return Err(error),
+                };
+                Ok((client, pid))
+            };
+            match answered.await {
+                Ok((client, pid)) => Ok((endpoint, client, pid)),
                 Err(error) => {
                     let _ = command.delete(BINARY).await;
+                    lock(&self.foreign.clients).remove(&endpoint.address);
+                    remove_dead_socket(&endpoint.address);
                     Err(error)
                 }
             }
         };
-        let (endpoint, client) = match started.await {
+        let (endpoint, client, pid) = match started.await {
             Ok(started) => started,
             Err(error) => {
                 // Its `delete` was run; what it left running all the same is found by the id.
@@ -273,7 +284,6 @@ impl Shims {
                 return Err(error);
             }
         };
-        let pid = client.connect_info(id).await.map_or(0, |info| info.shim_pid);
         let born = born(pid).unwrap_or_default();
         let pid = if born == 0 { 0 } else { pid };
         mark.running = Some(Running { endpoint, pid, born });
@@ -313,6 +323,10 @@ impl Shims {
     pub async fn reach_foreign(&self, bundle: &Bundle) -> Result<Client, Unreached> {
         let mark = Mark::load(bundle).ok_or(Unreached::Unknown)?;
         let running = mark.running.ok_or(Unreached::Unknown)?;
+        // Another shim of the group may listen at the same address by now.
+        if running.pid != 0 && running.is_dead(None) {
+            return Err(Unreached::Dead);
+        }
         if let Some(client) = self.foreign.known(&running.endpoint.address) {
             return Ok(client);
         }
@@ -356,6 +370,7 @@ impl Shims {
         };
         let client = match &running {
             None => None,
+            Some(running) if running.pid != 0 && running.is_dead(None) => None,
             Some(running) => match self.connect_foreign(&running.endpoint).await {
                 Ok(client) => Some(client),
                 Err(error) if running.is_dead(Some(&error)) => None,
@@ -365,6 +380,10 @@ impl Shims {
         let ended = match client {
             Some(client) => {
                 let ended = end_task(&client, id).await?;
+                if ended.is_none() && !bundle.exit_record().exists() {
+                    // The shim knows nothing of it, and nobody saw its end.
+                    command.delete(BINARY).await?;
+                }
                 self.settle(&mark.pod, id).await;
                 self.leave(&client, id, &mark, running.as_ref()).await;
                 ended
@@ -407,12 +426,12 @@ impl Shims {
 
     /// Lets the shim exit when nothing is left to it.
     async fn leave(&self, client: &Client, id: &str, mark: &Mark, running: Option<&Running>) {
-        let is_sandbox = id == mark.pod.as_str();
-        if mark.handler.sandbox == Sandboxing::Container && !is_sandbox {
+        let Some(running) = running else { return };
+        let sandbox = Mark::load(&self.sandbox_bundle(&mark.pod)).and_then(|mark| mark.running);
+        if id != mark.pod.as_str() && sandbox.is_some_and(|sandbox| sandbox.pid == running.pid) {
             // The sandbox is still to go.
             return;
         }
-        let Some(running) = running else { return };
         if self.others_use(&running.endpoint.address, id) {
             return;
         }
@@ -472,10 +491,10 @@ fn kill_strays(shim: &Path, id: &str) {
     }
 }
 
-/// Whether a command line is that shim's, called for that id. A script has its interpreter before it.
+/// Whether a command line is that shim's, called for that id. An interpreter may come before it.
 fn is_shim_of(line: &[u8], shim: &Path, id: &str) -> bool {
     let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
-    let is_shim = words.iter().take(2).any(|word| *word == shim.as_os_str().as_encoded_bytes());
+    let is_shim = words.contains(&shim.as_os_str().as_encoded_bytes());
     let has_id = words.windows(2).any(|pair| pair[0] == b"-id" && pair[1] == id.as_bytes());
     is_shim && has_id
 }
@@ -527,6 +546,7 @@ pub fn nested_bundle(bundle: &Bundle) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Sandboxing;
 
     #[test]
     fn a_pid_that_is_anothers_by_now_is_not_taken_for_the_shim() {
@@ -552,7 +572,7 @@ mod tests {
             "containerd-shim-holdfast-v2 -namespace k8s.io -id abc serve",
             "/usr/bin/shim -id abcd start",
             "/usr/bin/shim -namespace abc",
-            "less x y /usr/bin/shim -id abc",
+            "less /usr/bin/shim abc",
             "",
         ] {
             assert!(!is(other), "{other}");

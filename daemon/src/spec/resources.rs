@@ -30,6 +30,34 @@ pub fn cgroups_path(parent: &str, pod: &PodId, id: &ContainerId, driver: CgroupD
     }
 }
 
+/// The cgroup of a pod, with its containers' below: a path in the hierarchies. `None` for a slice
+/// whose name systemd would not take.
+pub fn pod_cgroup(parent: &str, pod: &PodId) -> Option<String> {
+    let name = parent.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+    match parent.trim_matches('/') {
+        "" if parent.is_empty() => Some(own_cgroup(pod)),
+        // Every pod of the node would be counted for this one.
+        "" => None,
+        _ if name.ends_with(".slice") => slice_path(name),
+        path => Some(format!("/{path}")),
+    }
+}
+
+/// The path of a systemd slice: "a-b.slice" is in "a.slice" (systemd.slice(5)).
+fn slice_path(name: &str) -> Option<String> {
+    let stem = name.strip_suffix(".slice")?;
+    if stem.split('-').any(str::is_empty) {
+        return None;
+    }
+    let mut path = String::new();
+    for (at, _) in stem.match_indices('-').chain([(stem.len(), "")]) {
+        path.push('/');
+        path.push_str(&stem[..at]);
+        path.push_str(".slice");
+    }
+    Some(path)
+}
+
 /// The cgroup of a pod that is given no parent (cgroupfs driver).
 pub fn own_cgroup(pod: &PodId) -> String {
     format!("/holdfast/{pod}")
@@ -272,7 +300,7 @@ fn unified(
 }
 
 /// The oom_score_adj that the container can have: without CAP_SYS_RESOURCE nobody may lower his own.
-pub(super) fn oom_score_adj(wanted: i64, node: &Node) -> Result<i32, Error> {
+pub fn oom_score_adj(wanted: i64, node: &Node) -> Result<i32, Error> {
     let wanted =
         i32::try_from(wanted).ok().filter(|v| (-1000..=1000).contains(v)).ok_or_else(|| {
             Error::invalid("resources.oom_score_adj", format!("{wanted} is not in -1000 to 1000"))
@@ -307,6 +335,20 @@ mod tests {
         assert!(check_parent("/kubepods/pod1", CgroupDriver::Systemd).is_err());
         assert!(check_parent("/a.slice/a-b.slice/", CgroupDriver::Systemd).is_ok());
         assert!(check_parent("", CgroupDriver::Systemd).is_ok());
+    }
+
+    #[test]
+    fn a_pods_cgroup_is_a_path_for_both_drivers() {
+        let pod: PodId = "1".repeat(64).parse().unwrap();
+        let of = |parent| pod_cgroup(parent, &pod);
+        assert_eq!(of("").unwrap(), format!("/holdfast/{pod}"));
+        assert_eq!(of("/kubepods/pod1/").as_deref(), Some("/kubepods/pod1"));
+        assert_eq!(of("/"), None);
+        let whole = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice";
+        assert_eq!(of("kubepods-burstable-pod1_2.slice").as_deref(), Some(whole));
+        assert_eq!(of(whole).as_deref(), Some(whole));
+        assert_eq!(of("system.slice").as_deref(), Some("/system.slice"));
+        assert_eq!(of("a--b.slice"), None);
     }
 
     #[test]

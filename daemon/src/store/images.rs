@@ -190,6 +190,30 @@ impl Store {
         .await
     }
 
+    /// Gives an image a name, which another may lose.
+    pub async fn add_image_name(&self, id: &Digest, name: &str, target: &str) -> Result<(), Error> {
+        let (id, name, target) = (id.to_string(), name.to_owned(), target.to_owned());
+        self.call(move |db| {
+            db.execute(
+                "INSERT INTO image_names (name, image, target) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (name) DO UPDATE SET image = ?2, target = ?3",
+                params![name, id, target],
+            )?;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Takes a name from its image.
+    pub async fn remove_image_name(&self, name: &str) -> Result<(), Error> {
+        let name = name.to_owned();
+        self.call(move |db| {
+            db.execute("DELETE FROM image_names WHERE name = ?1", [name])?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Forgets an image and all its names. Its layers stay until [`Store::forget_layer`].
     pub async fn remove_image(&self, id: &Digest) -> Result<(), Error> {
         let id = id.to_string();

@@ -14,7 +14,7 @@ use crate::{
     config::ForeignHandler,
     id::{ContainerId, PodId},
     pod::{
-        config::{ContainerConfig, ImageDefaults, PodConfig, User},
+        config::{ContainerConfig, ImageDefaults, PodConfig, Resources, User},
         state::{ContainerState, PodState},
     },
 };
@@ -73,6 +73,23 @@ pub struct ContainerRecord {
     pub created_at: SystemTime,
     /// Last state.
     pub state: ContainerState,
+    /// The limits of the request, where NRI plugins have set others, which are those of `config`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asked_resources: Option<Box<Resources>>,
+}
+
+impl ContainerRecord {
+    /// Whether it was made by a request with that configuration.
+    pub fn is_of(&self, config: &ContainerConfig) -> bool {
+        match &self.asked_resources {
+            None => self.config == *config,
+            Some(asked) => {
+                **asked == config.resources
+                    && ContainerConfig { resources: (**asked).clone(), ..self.config.clone() }
+                        == *config
+            }
+        }
+    }
 }
 
 fn to_json(of: &str, record: &impl Serialize) -> Result<String, Error> {

@@ -46,6 +46,7 @@ pub struct Containerd {
     // The daemon ends before its ground is swept.
     daemon: Option<Process>,
     binary: PathBuf,
+    shim: Option<PathBuf>,
     version: String,
     cri: Cri,
     ground: Ground,
@@ -57,6 +58,20 @@ impl Containerd {
     /// # Errors
     /// It ends, or is not ready in time: the error has the end of its log.
     pub async fn start(binary: &Path, runc: &Path, registry: &str, pause: &str) -> Result<Self> {
+        Self::start_with(binary, runc, registry, pause, None).await
+    }
+
+    /// The same; `shim` is the binary of our shim, which then runs every pod.
+    ///
+    /// # Errors
+    /// As [`Containerd::start`].
+    pub async fn start_with(
+        binary: &Path,
+        runc: &Path,
+        registry: &str,
+        pause: &str,
+        shim: Option<&Path>,
+    ) -> Result<Self> {
         let output =
             Command::new(binary).arg("--version").output().context("containerd --version")?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -71,10 +86,23 @@ impl Containerd {
             hosts.join("hosts.toml"),
             format!("server = \"http://{registry}\"\n[host.\"http://{registry}\"]\n"),
         )?;
-        fs::write(ground.path().join("config.toml"), config(&ground, major, runc, pause))?;
+        let kind =
+            if shim.is_some() { "io.containerd.holdfast.v2" } else { "io.containerd.runc.v2" };
+        fs::write(ground.path().join("config.toml"), config(&ground, major, runc, pause, kind))?;
         let cri = Cri::new(ground.path().join("cri.sock"));
-        let mut peer = Self { daemon: None, binary: binary.into(), version, cri, ground };
-        peer.launch()?;
+        let shim = shim.map(Path::to_path_buf);
+        let mut peer = Self { daemon: None, binary: binary.into(), shim, version, cri, ground };
+        peer.restart().await?;
+        Ok(peer)
+    }
+
+    /// Starts the daemon, which must not run, and waits until it serves.
+    ///
+    /// # Errors
+    /// As [`Containerd::start`].
+    pub async fn restart(&mut self) -> Result<()> {
+        self.launch()?;
+        let peer = self;
         let probe = peer.cri.deadline(Duration::from_secs(5));
         let result = eventually(Duration::from_secs(30), "containerd to be ready", async || {
             if let Some(status) = peer.daemon.as_mut().and_then(|d| d.try_wait().transpose()) {
@@ -90,8 +118,24 @@ impl Containerd {
             })
         })
         .await;
-        result.with_context(|| peer.log())?;
-        Ok(peer)
+        result.with_context(|| peer.log())
+    }
+
+    /// SIGTERM, and waits for the end. Its shims go on.
+    ///
+    /// # Errors
+    /// It does not run, or does not end in time.
+    pub fn terminate(&mut self) -> Result<()> {
+        let mut daemon = self.daemon.take().context("containerd does not run")?;
+        daemon.terminate(Duration::from_secs(10)).map(drop)
+    }
+
+    /// A call of `ctr` in the namespace "test", beside the binary or in `PATH`.
+    pub fn ctr(&self) -> Command {
+        let beside = self.binary.with_file_name("ctr");
+        let mut command = Command::new(if beside.is_file() { beside } else { "ctr".into() });
+        command.arg("--address").arg(self.ground.path().join("cri.sock")).args(["-n", "test"]);
+        command
     }
 
     /// Its version.
@@ -119,14 +163,25 @@ impl Containerd {
     /// # Errors
     /// It cannot be started.
     pub fn launch(&mut self) -> Result<()> {
-        let mut dirs: Vec<PathBuf> =
-            self.binary.parent().into_iter().map(Path::to_path_buf).collect();
+        let mut dirs: Vec<PathBuf> = self
+            .shim
+            .iter()
+            .chain([&self.binary])
+            .filter_map(|program| Some(program.parent()?.to_path_buf()))
+            .collect();
         dirs.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
         let path = env::join_paths(dirs)?.to_string_lossy().into_owned();
         self.daemon = Some(Process::spawn(
             &self.binary,
             &["--config".as_ref(), self.ground.path().join("config.toml").as_os_str()],
-            &[("PATH".into(), path)],
+            &[
+                ("PATH".into(), path),
+                // Inherited by our shim: under `ctr` nobody tells it where runc's state is to be.
+                (
+                    "HOLDFAST_RUNTIME_ROOT".into(),
+                    self.ground.path().join("runc").display().to_string(),
+                ),
+            ],
             &self.ground.path().join("daemon.log"),
         )?);
         Ok(())
@@ -151,10 +206,12 @@ impl Containerd {
 impl Drop for Containerd {
     fn drop(&mut self) {
         // Shim sockets are in a directory that is compiled in; each bundle tells its own.
-        let bundles = self.ground.path().join("state/io.containerd.runtime.v2.task/k8s.io");
-        let sockets: Vec<String> = names_in(&bundles)
+        let bundles = self.ground.path().join("state/io.containerd.runtime.v2.task");
+        let sockets: Vec<String> = ["k8s.io", "test"]
             .iter()
-            .filter_map(|id| fs::read_to_string(bundles.join(id).join("address")).ok())
+            .map(|namespace| bundles.join(namespace))
+            .flat_map(|dir| names_in(&dir).into_iter().map(move |id| dir.join(id)))
+            .filter_map(|bundle| fs::read_to_string(bundle.join("address")).ok())
             .filter_map(|text| Some(text.trim().strip_prefix("unix://")?.to_owned()))
             .collect();
         if let Some(mut daemon) = self.daemon.take() {
@@ -166,7 +223,7 @@ impl Drop for Containerd {
     }
 }
 
-fn config(ground: &Ground, major: u32, runc: &Path, pause: &str) -> String {
+fn config(ground: &Ground, major: u32, runc: &Path, pause: &str, kind: &str) -> String {
     let at = |name: &str| ground.path().join(name).display().to_string();
     let (runtime, images, pinned) = if major >= 2 {
         (
@@ -200,7 +257,7 @@ fn config(ground: &Ground, major: u32, runc: &Path, pause: &str) -> String {
          netns_mounts_under_state_dir = true\n{sandbox}\
          [plugins.\"{runtime}\".cni]\n{bins}\nconf_dir = {net:?}\nmax_conf_num = 1\n\
          [plugins.\"{runtime}\".containerd]\ndefault_runtime_name = \"runc\"\n\
-         [plugins.\"{runtime}\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\
+         [plugins.\"{runtime}\".containerd.runtimes.runc]\nruntime_type = {kind:?}\n\
          [plugins.\"{runtime}\".containerd.runtimes.runc.options]\nBinaryName = {runc:?}\n\
          Root = {runc_root:?}\nSystemdCgroup = false\n\n\
          [plugins.\"{images}\".registry]\nconfig_path = {hosts:?}\n{pinned}",

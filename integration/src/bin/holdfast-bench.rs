@@ -6,7 +6,7 @@
 //!   --json FILE    writes every figure there
 //!   --quick        fewer rounds, a list of 100 containers
 //!   --rounds N     rounds of the lifecycle section (default 20, with --quick 4)
-//!   --only NAME    memory, restart, lifecycle, list or pull; may be repeated
+//!   --only NAME    shim, memory, restart, lifecycle, list, watch or pull; may be repeated
 //!   --image NAME   ten, one, forty, ten-zstd, one-zstd, forty-zstd, many or shared: what the pull
 //!                  section pulls; may be repeated
 //!   --no-peer      leaves containerd out
