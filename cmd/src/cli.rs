@@ -30,6 +30,7 @@ mod stats;
 mod table;
 mod terminal;
 mod text;
+mod upgrade;
 mod wire;
 
 use std::{
@@ -40,7 +41,7 @@ use std::{
 use anyhow::Result;
 use clap::{CommandFactory as _, Parser as _};
 
-use self::args::{Args, Command, ConfigCommand, ImageCommand};
+use self::args::{Args, Command, ConfigCommand, ImageCommand, UpgradeCommand};
 pub(crate) use self::client::{Client, Hint};
 
 /// Exit code of `run`, `exec` and `attach` when the command itself did not run.
@@ -127,6 +128,7 @@ async fn dispatch(args: Args) -> Result<u8> {
                 Command::Config(ConfigCommand::Registries(a)) => {
                     registries::registries(client, a).await
                 }
+                Command::Upgrade(UpgradeCommand::Shims(a)) => upgrade::shims(client, a).await,
                 Command::Info(a) => info::info(client, a).await,
                 Command::Completion { .. } | Command::Version(_) => unreachable!("handled above"),
             }

@@ -27,6 +27,7 @@ mod restore;
 mod run;
 pub mod state;
 mod task;
+pub(crate) mod upgrade;
 mod volumes;
 
 use std::{
@@ -98,6 +99,10 @@ pub enum Error {
     NoShimBinary(PathBuf),
     #[error("the shim of container {0} is dead: it and what it ran are being cleaned up")]
     NoForeignShim(ContainerId),
+    #[error(
+        "the shim of pod {0} is of a release that cannot be upgraded while it runs: its pod has to be made anew"
+    )]
+    OldShim(PodId),
     #[error("image {0:?} is not on this node: pull it first")]
     NoImage(String),
     #[error("the shim of pod {0} does not answer: it is being reached again, try once more")]
@@ -212,7 +217,9 @@ impl Kinded for Error {
             Error::Ambiguous(_) | Error::NoHandler { .. } => Kind::Invalid,
             Error::PodExists { .. } | Error::ContainerExists { .. } => Kind::AlreadyExists,
             Error::PodNotReady(_) | Error::Wrong { .. } => Kind::Precondition,
-            Error::NoShimBinary(_) | Error::NoForeignShim(_) => Kind::Precondition,
+            Error::NoShimBinary(_) | Error::NoForeignShim(_) | Error::OldShim(_) => {
+                Kind::Precondition
+            }
             Error::Unreachable(_) | Error::Closed => Kind::Unavailable,
             Error::StillRuns { .. } | Error::Timeout { .. } => Kind::Deadline,
             Error::Shim { source, .. }
@@ -385,6 +392,11 @@ impl Pod {
             // Its containers' shims are others', and nobody takes over from those.
             return Err(Error::PodNotReady(self.id.clone()));
         }
+        self.client_of(broken).await
+    }
+
+    /// The pod's own shim after this connection to it broke.
+    async fn client_of(&self, broken: &client::Client) -> Result<client::Client, Error> {
         let mut link = self.link.clone();
         let other = link.wait_for(|link| match link {
             Link::Up(client) => !client.is(broken),

@@ -34,6 +34,8 @@ pub mod command_line;
 #[cfg(feature = "server")]
 mod criu;
 #[cfg(feature = "server")]
+mod handover;
+#[cfg(feature = "server")]
 mod log;
 #[cfg(feature = "server")]
 mod mounts;

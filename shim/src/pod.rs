@@ -10,7 +10,7 @@
 mod adopt;
 mod saved;
 
-pub(crate) use saved::VERSION as STATE_VERSION;
+pub(crate) use saved::{Saved, VERSION as STATE_VERSION};
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,7 +30,9 @@ use tokio::sync::{Notify, watch};
 use crate::{
     bundle::{Bundle, Exit, ExitRecord, replace},
     cgroup::Cgroup,
-    crash, criu, mounts, namespaces,
+    crash, criu,
+    handover::{AttachedClient, Busy, Origin},
+    mounts, namespaces,
     options::PodOptions,
     process::{Owned, Reaper, lock, report, stat_of},
     publish::Events,
@@ -361,6 +363,10 @@ pub(crate) struct Pod {
     pub(crate) lent: Notify,
     /// Another shim has died here, and what it had is not taken over yet.
     orphan: Mutex<bool>,
+    /// How this process was started.
+    pub(crate) origin: OnceLock<Origin>,
+    /// Clients of attach, by their descriptor.
+    pub(crate) attached: Mutex<BTreeMap<i32, (AttachedClient, Arc<stdio::Attached>)>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -465,6 +471,8 @@ impl Pod {
             calls: AtomicUsize::new(0),
             lent: Notify::new(),
             orphan: Mutex::default(),
+            origin: OnceLock::new(),
+            attached: Mutex::default(),
         })
     }
 
@@ -841,7 +849,12 @@ impl Pod {
     fn watch_init(self: &Arc<Self>, container: Arc<Container>, owned: Arc<Owned>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let exit = owned.wait().await;
+            let ended = owned.ended().await;
+            let _busy = Busy::begin();
+            let exit = match ended {
+                Ok(()) => owned.exit().await,
+                Err(error) => Err(error),
+            };
             let at = SystemTime::now();
             pod.settle(&container, owned.pid(), exit, at).await;
         });
@@ -1012,7 +1025,12 @@ impl Pod {
     ) {
         let (pod, container, exec) = (self.clone(), container.id.clone(), exec.to_owned());
         tokio::spawn(async move {
-            let exit = owned.wait().await;
+            let ended = owned.ended().await;
+            let _busy = Busy::begin();
+            let exit = match ended {
+                Ok(()) => owned.exit().await,
+                Err(error) => Err(error),
+            };
             let at = SystemTime::now();
             let exit = exit.unwrap_or_else(|error| {
                 report!("exec {exec} of {container}: its exit code is lost: {error}");
@@ -1338,7 +1356,13 @@ impl Pod {
     fn watch_pod_init(self: &Arc<Self>, id: String, init: Arc<Owned>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let exit = init.wait().await.unwrap_or(Exit::Code(255));
+            let ended = init.ended().await;
+            let _busy = Busy::begin();
+            let exit = match ended {
+                Ok(()) => init.exit().await,
+                Err(error) => Err(error),
+            };
+            let exit = exit.unwrap_or(Exit::Code(255));
             let at = SystemTime::now();
             let ended = Ended { pid: init.pid(), status: exit.wire_status(), at };
             let _ = pod.with_sandbox(&id, |sandbox| {

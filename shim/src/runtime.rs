@@ -487,7 +487,7 @@ fn kill_group(pid: u32) {
 
 /// An anonymous file in memory.
 #[expect(unsafe_code, reason = "memfd_create(2)")]
-fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
+pub(crate) fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
     // SAFETY: the name is a C string; the descriptor is new and nobody else's.
     unsafe {
         let fd = check(libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC))?;

@@ -135,6 +135,9 @@ pub(super) enum Command {
     /// Look at what the daemon's configuration makes of something
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Bring what runs to a new release
+    #[command(subcommand)]
+    Upgrade(UpgradeCommand),
     /// Show what the daemon can do and whether it is ready
     Info(Show),
     /// Print the versions of holdfast and holdfastd
@@ -145,6 +148,26 @@ pub(super) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum UpgradeCommand {
+    /// Replace the code of running shims; their pods go on
+    #[command(
+        after_help = "A shim that cannot take the new code goes on with what it has, and the \
+                            command ends with 1."
+    )]
+    Shims(UpgradeShims),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct UpgradeShims {
+    /// The new shim on the node [default: the one of the daemon's configuration]
+    #[arg(long, value_name = "PATH")]
+    pub(super) binary: Option<std::path::PathBuf>,
+    /// Also shims that run that very file already
+    #[arg(long)]
+    pub(super) force: bool,
 }
 
 #[derive(Debug, Subcommand)]

@@ -71,6 +71,10 @@ pub(super) enum Request {
         what: checkpoint::What,
         limit: Duration,
     },
+    /// Replace the shim's code.
+    Upgrade {
+        binary: std::path::PathBuf,
+    },
     /// New overhead and new sum of the containers' resources; `None`: as it was.
     UpdatePod {
         change: Box<(Option<Resources>, Option<Resources>)>,
@@ -112,6 +116,7 @@ enum Op {
     Checkpoint(checkpoint::What),
     /// Resumes what a checkpoint of an earlier daemon had paused.
     Mend,
+    Upgrade,
     /// Frees what the runtime holds of an ended container.
     Reap(ContainerId),
     /// Takes away a container, or the pod, that a crash left half made.
@@ -135,6 +140,7 @@ impl Op {
             | Op::StopPod
             | Op::RemovePod
             | Op::UpdatePod
+            | Op::Upgrade
             | Op::Create(..)
             | Op::Mend
             | Op::Link
@@ -155,6 +161,7 @@ impl Op {
             Op::Update(_) => Some("update container"),
             Op::UpdatePod => Some("update pod"),
             Op::Checkpoint(_) => Some("checkpoint"),
+            Op::Upgrade => Some("upgrade shim"),
             Op::Mend | Op::Ends(_) | Op::Reap(_) | Op::Discard(_) | Op::Link | Op::Watch => None,
         }
     }
@@ -171,6 +178,7 @@ impl Op {
             | Op::Update(_)
             | Op::UpdatePod
             | Op::Checkpoint(_)
+            | Op::Upgrade
             | Op::Reap(_)
             | Op::Discard(_) => true,
             Op::Mend | Op::Link | Op::Watch | Op::Ends(_) => false,
@@ -414,7 +422,14 @@ impl Owner {
     /// Whether something under way must end before the request can be looked at.
     fn must_wait(&self, request: &Request) -> bool {
         let mut running = self.running.values();
+        // Its connections break, and what came on them in between would not be done.
+        if self.is_running(&Op::Upgrade) && !matches!(request, Request::Upgrade { .. }) {
+            return true;
+        }
         match request {
+            Request::Upgrade { .. } => {
+                running.any(|op| op.holds_the_pod() && !matches!(op, Op::Upgrade))
+            }
             // What a crash left of it goes first; then there is no such pod, and a new one is made.
             Request::Run => running.any(|op| *op == Op::Discard(None)),
             Request::Create { .. } => running.any(|op| *op == Op::Discard(None)),
@@ -531,6 +546,12 @@ impl Owner {
                 let stop = self.pods.stop.clone();
                 let work = checkpoint::write(services, pod, what.clone(), limit, stop);
                 self.join(Op::Checkpoint(what), reply, work);
+            }
+            Request::Upgrade { binary } => {
+                if self.record.state != PodState::Ready {
+                    return Err((Error::PodNotReady(pod.id), reply));
+                }
+                self.join(Op::Upgrade, reply, super::upgrade::upgrade(services, pod, binary));
             }
             // Nothing outside is to be done; it goes the way of all changes.
             Request::UpdatePod { change } => {
@@ -804,6 +825,7 @@ impl Owner {
             | Op::UpdatePod
             | Op::Checkpoint(_)
             | Op::Mend
+            | Op::Upgrade
             | Op::Reap(_)
             | Op::Discard(Some(_))
             | Op::Link
