@@ -151,6 +151,7 @@ async fn ten_subscribers_are_told_everything_in_order() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "shows nothing yet: 748 events fit into the buffers between a daemon and a client that does not read"]
 async fn a_subscriber_that_stalls_holds_nobody_up_and_misses_no_final_state() -> Result<()> {
     let mut node = Node::start().await?;
     let image = node.busybox().await?;

@@ -41,6 +41,7 @@ About:
   config        Look at what the daemon's configuration makes of something
   info          Show what the daemon can do and whether it is ready
   version       Print the versions of holdfast and holdfastd
+  upgrade       Bring what runs to a new release
   completion    Print a completion script for a shell
   help          Print the help of a command
 

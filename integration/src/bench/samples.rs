@@ -384,9 +384,9 @@ mod tests {
         // Not measured: nothing is said.
         assert!(samples.bars().is_empty());
         samples.add(PULL_TEN, CONTAINERD, 100.0);
-        assert!(samples.bars().contains("0.45 of containerd's <= 0.5: met"), "{}", samples.bars());
+        assert!(samples.bars().contains("0.45 times containerd <= 0.5: met"), "{}", samples.bars());
         samples.add(PULL_40, HOLDFAST, 45.0);
         samples.add(PULL_40, CONTAINERD, 100.0);
-        assert!(samples.bars().contains("0.45 of containerd's <= 0.4: NOT"), "{}", samples.bars());
+        assert!(samples.bars().contains("0.45 times containerd <= 0.4: NOT"), "{}", samples.bars());
     }
 }
