@@ -4,7 +4,7 @@
 //!
 //! cAdvisor watches cgroups. For one whose name ends in an id it asks [`Containers`] who that is, and
 //! [`Tasks`] for a process, in whose network namespace it counts a pod's traffic. containerd has a
-//! pause container's cgroup and process for that; we have none, so [`marks`] provides what it looks for
+//! pause container's cgroup and process for that; we have none, so `marks` provides what it looks for
 //! once somebody asks.
 //!
 //! Nothing in here changes a pod or a container.

@@ -14,7 +14,7 @@
 //! An image in the index is complete.
 //!
 //! Layers that are complete when their pull fails for a reason that may pass, or with the daemon, are kept
-//! for [`KEEP_UNFINISHED`]: the pull that is tried again goes on from there.
+//! for `KEEP_UNFINISHED`: the pull that is tried again goes on from there.
 //!
 //! Removing an image that a container uses succeeds: the image is gone from all lists at once, its
 //! layers stay until the last root file system on them is removed.
