@@ -8,6 +8,7 @@
 
 mod args;
 mod attach;
+mod checkpoint;
 mod client;
 mod detach;
 mod exec;
@@ -29,6 +30,7 @@ mod stats;
 mod table;
 mod terminal;
 mod text;
+mod upgrade;
 mod wire;
 
 use std::{
@@ -39,7 +41,7 @@ use std::{
 use anyhow::Result;
 use clap::{CommandFactory as _, Parser as _};
 
-use self::args::{Args, Command, ConfigCommand, ImageCommand};
+use self::args::{Args, Command, ConfigCommand, ImageCommand, UpgradeCommand};
 pub(crate) use self::client::{Client, Hint};
 
 /// Exit code of `run`, `exec` and `attach` when the command itself did not run.
@@ -118,6 +120,7 @@ async fn dispatch(args: Args) -> Result<u8> {
                 Command::Attach(a) => attach::attach(client, a).await,
                 Command::PortForward(a) => forward::port_forward(client, a).await,
                 Command::Logs(a) => logs::logs(client, a).await,
+                Command::Checkpoint(a) => checkpoint::checkpoint(client, a).await,
                 Command::Stop(a) => remove::stop(client, a).await,
                 Command::Rm(a) => remove::remove(client, a).await,
                 Command::Inspect(a) => inspect::inspect(client, a).await,
@@ -125,6 +128,7 @@ async fn dispatch(args: Args) -> Result<u8> {
                 Command::Config(ConfigCommand::Registries(a)) => {
                     registries::registries(client, a).await
                 }
+                Command::Upgrade(UpgradeCommand::Shims(a)) => upgrade::shims(client, a).await,
                 Command::Info(a) => info::info(client, a).await,
                 Command::Completion { .. } | Command::Version(_) => unreachable!("handled above"),
             }

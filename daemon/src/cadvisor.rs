@@ -4,7 +4,7 @@
 //!
 //! cAdvisor watches cgroups. For one whose name ends in an id it asks [`Containers`] who that is, and
 //! [`Tasks`] for a process, in whose network namespace it counts a pod's traffic. containerd has a
-//! pause container's cgroup and process for that; we have none, so [`marks`] provides what it looks for
+//! pause container's cgroup and process for that; we have none, so `marks` provides what it looks for
 //! once somebody asks.
 //!
 //! Nothing in here changes a pod or a container.
@@ -246,7 +246,7 @@ fn process(view: &ContainerView) -> Process {
     match &record.state {
         ContainerState::Creating => {}
         ContainerState::Created { pid } => {
-            (process.pid, process.status) = (*pid, State::Created as i32);
+            (process.pid, process.status) = (pid.unwrap_or_default(), State::Created as i32);
         }
         ContainerState::Running { pid, .. } => {
             (process.pid, process.status) = (*pid, State::Running as i32);

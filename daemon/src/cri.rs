@@ -3,6 +3,7 @@
 //! RPCs that are not built yet answer UNIMPLEMENTED.
 
 mod admin;
+mod checkpoint;
 mod convert;
 mod image_admin;
 mod images;
@@ -93,10 +94,6 @@ fn no_url(error: &holdfast_streaming::Error) -> Status {
         _ => tonic::Code::Internal,
     };
     Status::new(code, chain(error))
-}
-
-fn not_built<T>(what: &str) -> Answer<T> {
-    Err(Status::unimplemented(format!("{what} is not built in this version")))
 }
 
 fn id(field: &str, id: String) -> Result<String, Status> {
@@ -413,23 +410,23 @@ impl RuntimeService for Service {
 
     async fn checkpoint_container(
         &self,
-        _: Request<cri::CheckpointContainerRequest>,
+        request: Request<cri::CheckpointContainerRequest>,
     ) -> Answer<cri::CheckpointContainerResponse> {
-        not_built("CheckpointContainer")
+        checkpoint::container(self, request).await
     }
 
     async fn checkpoint_pod(
         &self,
-        _: Request<cri::CheckpointPodRequest>,
+        request: Request<cri::CheckpointPodRequest>,
     ) -> Answer<cri::CheckpointPodResponse> {
-        not_built("CheckpointPod")
+        checkpoint::pod(self, request).await
     }
 
     async fn restore_pod(
         &self,
-        _: Request<cri::RestorePodRequest>,
+        request: Request<cri::RestorePodRequest>,
     ) -> Answer<cri::RestorePodResponse> {
-        not_built("RestorePod")
+        checkpoint::restore(self, request).await
     }
 
     type GetContainerEventsStream = streams::Answers<cri::ContainerEventResponse>;

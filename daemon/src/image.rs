@@ -14,7 +14,7 @@
 //! An image in the index is complete.
 //!
 //! Layers that are complete when their pull fails for a reason that may pass, or with the daemon, are kept
-//! for [`KEEP_UNFINISHED`]: the pull that is tried again goes on from there.
+//! for `KEEP_UNFINISHED`: the pull that is tried again goes on from there.
 //!
 //! Removing an image that a container uses succeeds: the image is gone from all lists at once, its
 //! layers stay until the last root file system on them is removed.
@@ -23,6 +23,7 @@ pub mod archive;
 pub mod authfile;
 pub mod commit;
 mod connect;
+pub mod diff;
 pub mod erofs;
 mod fit;
 pub mod hosts;
@@ -771,6 +772,11 @@ impl Images {
                 .spawn(async move { shared.snapshots.hold(&id, mount, &image, layers).await }),
         )
         .await?
+    }
+
+    /// An image's files, to be looked at now: its layers stay for as long as what is returned.
+    pub fn view(&self, image: &Image) -> ImageVolume {
+        self.shared.snapshots.view(image.layers.clone())
     }
 
     /// Removes the root file system of a container, which must be unmounted, and lets go of its

@@ -3,6 +3,7 @@
 pub mod apparmor;
 pub mod cadvisor;
 pub mod cdi;
+pub mod checkpoint;
 pub mod classes;
 pub mod config;
 pub mod cri;

@@ -19,7 +19,7 @@
 //! way may wait for the turn, and a plugin that hangs costs its timeout, once: it is dropped.
 //!
 //! A plugin that joins is synchronised in its turn. What it is told then and what it is told later do
-//! not overlap and leave nothing out: each pod and container that is being made is in [`Making`] from
+//! not overlap and leave nothing out: each pod and container that is being made is in `Making` from
 //! the turn in which plugins were asked about it until it is listed.
 
 pub mod adjust;

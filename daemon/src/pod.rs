@@ -8,10 +8,12 @@
 //! - `run`: bringing a pod up and taking it down.
 //! - `container`: making, starting, stopping and removing containers.
 //! - `exec`: ExecSync.
+//! - `checkpoint`, `restore`: to and from archives.
 //! - `foreign`: containers that somebody else's shim runs.
 //! - `nri`: what NRI plugins are told, and what they want.
 //! - `recover`: what is done at start-up.
 
+mod checkpoint;
 pub mod config;
 mod container;
 pub(crate) mod exec;
@@ -21,16 +23,18 @@ mod leftover;
 mod nri;
 mod readback;
 mod recover;
+mod restore;
 mod run;
 pub mod state;
 mod task;
+pub(crate) mod upgrade;
 mod volumes;
 
 use std::{
     collections::{BTreeMap, HashMap},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, RwLock, atomic::AtomicBool},
+    sync::{Arc, Mutex, RwLock, atomic::AtomicBool},
     time::{Duration, SystemTime},
 };
 
@@ -95,6 +99,10 @@ pub enum Error {
     NoShimBinary(PathBuf),
     #[error("the shim of container {0} is dead: it and what it ran are being cleaned up")]
     NoForeignShim(ContainerId),
+    #[error(
+        "the shim of pod {0} is of a release that cannot be upgraded while it runs: its pod has to be made anew"
+    )]
+    OldShim(PodId),
     #[error("image {0:?} is not on this node: pull it first")]
     NoImage(String),
     #[error("the shim of pod {0} does not answer: it is being reached again, try once more")]
@@ -117,6 +125,55 @@ pub enum Error {
         "pod {id}: user namespaces need Linux 5.19 for id-mapped layers, this node has {major}.{minor}"
     )]
     NoMappedLayers { id: PodId, major: u32, minor: u32 },
+    #[error(transparent)]
+    Criu(#[from] crate::checkpoint::criu::Error),
+    #[error(transparent)]
+    Archive(#[from] crate::checkpoint::archive::Error),
+    #[error("checkpoint container {id}{criu}")]
+    Checkpoint { id: ContainerId, criu: String, source: client::Error },
+    #[error("restore container {id}{criu}")]
+    Restore { id: ContainerId, criu: String, source: client::Error },
+    #[error("the checkpoint was not done in the time it was given")]
+    Late,
+    #[error(
+        "container {id} cannot be resumed after its checkpoint: stop it, or restart holdfastd, which \
+         tries again"
+    )]
+    Frozen { id: ContainerId, source: client::Error },
+    #[error("a checkpoint cannot be written to {path}: {reason}")]
+    Target { path: PathBuf, reason: &'static str },
+    #[error("checkpoint of a pod at {path}: {reason}")]
+    PodCheckpoint { path: PathBuf, reason: String },
+    #[error("container {name:?} cannot be restored: {reason}")]
+    Unfit { name: String, reason: String },
+    #[error(
+        "pod {id} has a user namespace, into which no OCI runtime can restore processes: restore in a \
+         pod without (hostUsers: true)"
+    )]
+    RestoreUsers { id: PodId },
+    #[error("container_ids: {reason}")]
+    Unselected { reason: String },
+    #[error("there is nothing to checkpoint: {reason}")]
+    NothingRuns { reason: String },
+    #[error(
+        "runtime handler {handler:?} is a foreign shim: only containers of a handler with an OCI \
+         runtime can be checkpointed and restored"
+    )]
+    ForeignCheckpoint { handler: String },
+    #[error("put the checkpoint's changes into the root file system")]
+    Changes { source: image::Error },
+    #[error(
+        "image {reference:?}, which the checkpoint was made on, is not on this node, and the \
+         checkpoint has no name to pull it by: pull it first"
+    )]
+    NoBase { reference: String },
+    #[error("image {name:?}, which the checkpoint was made on")]
+    Base { name: String, source: image::Error },
+    #[error(
+        "image {name:?} is {found} now, but the checkpoint was made on {wanted}: pull that one by its \
+         digest"
+    )]
+    OtherBase { name: String, found: String, wanted: String },
     #[error("container {name:?} with command {command:?} cannot be made")]
     Create { name: String, command: String, source: client::Error },
     #[error("network of pod {id}")]
@@ -160,7 +217,9 @@ impl Kinded for Error {
             Error::Ambiguous(_) | Error::NoHandler { .. } => Kind::Invalid,
             Error::PodExists { .. } | Error::ContainerExists { .. } => Kind::AlreadyExists,
             Error::PodNotReady(_) | Error::Wrong { .. } => Kind::Precondition,
-            Error::NoShimBinary(_) | Error::NoForeignShim(_) => Kind::Precondition,
+            Error::NoShimBinary(_) | Error::NoForeignShim(_) | Error::OldShim(_) => {
+                Kind::Precondition
+            }
             Error::Unreachable(_) | Error::Closed => Kind::Unavailable,
             Error::StillRuns { .. } | Error::Timeout { .. } => Kind::Deadline,
             Error::Shim { source, .. }
@@ -175,7 +234,22 @@ impl Kinded for Error {
             Error::Label { source, .. } => source.kind(),
             Error::Nri { source, .. } => source.kind(),
             Error::NotASpec { .. } => Kind::Precondition,
-            Error::NoMappedLayers { .. } => Kind::Precondition,
+            Error::NoMappedLayers { .. }
+            | Error::RestoreUsers { .. }
+            | Error::NothingRuns { .. }
+            | Error::ForeignCheckpoint { .. }
+            | Error::NoBase { .. }
+            | Error::OtherBase { .. } => Kind::Precondition,
+            Error::Criu(source) => source.kind(),
+            Error::Archive(source) => source.kind(),
+            Error::Checkpoint { source, .. } | Error::Restore { source, .. } => shim_kind(source),
+            Error::Base { source, .. } | Error::Changes { source } => source.kind(),
+            Error::Late => Kind::Deadline,
+            Error::Frozen { .. } => Kind::Internal,
+            Error::Target { .. }
+            | Error::PodCheckpoint { .. }
+            | Error::Unselected { .. }
+            | Error::Unfit { .. } => Kind::Invalid,
             Error::SubPath { source, .. } | Error::Volume { source, .. }
                 if matches!(
                     source.kind(),
@@ -318,6 +392,11 @@ impl Pod {
             // Its containers' shims are others', and nobody takes over from those.
             return Err(Error::PodNotReady(self.id.clone()));
         }
+        self.client_of(broken).await
+    }
+
+    /// The pod's own shim after this connection to it broke.
+    async fn client_of(&self, broken: &client::Client) -> Result<client::Client, Error> {
         let mut link = self.link.clone();
         let other = link.wait_for(|link| match link {
             Link::Up(client) => !client.is(broken),
@@ -349,6 +428,8 @@ impl Pod {
 pub struct Pods {
     services: Arc<Services>,
     index: Arc<RwLock<Index>>,
+    /// Checkpoints that an earlier daemon had under way.
+    broken_off: Arc<Mutex<Vec<checkpoint::BrokenOff>>>,
     tracker: TaskTracker,
     stop: CancellationToken,
 }
@@ -409,6 +490,7 @@ impl Pods {
         Self {
             services,
             index: Arc::default(),
+            broken_off: Arc::default(),
             tracker: TaskTracker::new(),
             stop: CancellationToken::new(),
         }
@@ -421,6 +503,19 @@ impl Pods {
 
     fn index(&self) -> std::sync::RwLockReadGuard<'_, Index> {
         self.index.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn set_broken_off(&self, broken: Vec<checkpoint::BrokenOff>) {
+        *self.broken_off.lock().unwrap_or_else(|e| e.into_inner()) = broken;
+    }
+
+    /// Those that `of` says are to be dealt with now.
+    fn take_broken_off(
+        &self,
+        of: impl Fn(&checkpoint::BrokenOff) -> bool,
+    ) -> Vec<checkpoint::BrokenOff> {
+        let mut all = self.broken_off.lock().unwrap_or_else(|e| e.into_inner());
+        all.extract_if(.., |broken| of(broken)).collect()
     }
 
     fn index_mut(&self) -> std::sync::RwLockWriteGuard<'_, Index> {
@@ -663,6 +758,59 @@ impl Pods {
             Err(Error::NoPod(_)) => Ok(()),
             Err(e) => Err(Arc::new(e)),
         }
+    }
+
+    /// Writes a checkpoint of a container that runs to an archive; it runs on. `limit`: how long it
+    /// may take.
+    pub async fn checkpoint(&self, id: &str, to: PathBuf, limit: Option<Duration>) -> Shared<()> {
+        let (pod, container) = self.find_container(id).map_err(Arc::new)?;
+        let containers = vec![container.record.id.clone()];
+        let what = checkpoint::What { containers, to: checkpoint::Target::Archive(to) };
+        let limit = limit.unwrap_or(checkpoint::LIMIT);
+        pod.ask(task::Request::Checkpoint { what, limit }).await.map(drop)
+    }
+
+    /// Writes a checkpoint of these containers of a pod, or of all that run, to a directory; they are
+    /// paused together and run on together.
+    pub async fn checkpoint_pod(
+        &self,
+        id: &str,
+        containers: Vec<String>,
+        to: PathBuf,
+        limit: Option<Duration>,
+    ) -> Shared<()> {
+        let pod = self.find(id).map_err(Arc::new)?;
+        let view = pod.view();
+        let mut ids = Vec::new();
+        for id in &containers {
+            let (_, container) = self.find_container(id).map_err(Arc::new)?;
+            if container.record.pod != pod.id {
+                let reason = format!("container {id} is not in pod {}", pod.id);
+                return Err(Arc::new(Error::Unselected { reason }));
+            }
+            ids.push(container.record.id.clone());
+        }
+        if containers.is_empty() {
+            let runs =
+                |c: &&Arc<ContainerView>| matches!(c.record.state, ContainerState::Running { .. });
+            ids.extend(view.containers.values().filter(runs).map(|c| c.record.id.clone()));
+        }
+        ids.sort();
+        ids.dedup();
+        if ids.is_empty() {
+            let reason = format!("no container of pod {} runs", pod.id);
+            return Err(Arc::new(Error::NothingRuns { reason }));
+        }
+        let mut names = ids.iter().filter_map(|id| view.containers.get(id));
+        let mut seen = std::collections::BTreeSet::new();
+        if let Some(twice) = names.find(|c| !seen.insert(c.record.config.name.clone())) {
+            let name = &twice.record.config.name;
+            let reason = format!("more than one of them is named {name:?}: give one of them");
+            return Err(Arc::new(Error::Unselected { reason }));
+        }
+        let what = checkpoint::What { containers: ids, to: checkpoint::Target::Directory(to) };
+        let limit = limit.unwrap_or(checkpoint::LIMIT);
+        pod.ask(task::Request::Checkpoint { what, limit }).await.map(drop)
     }
 
     /// Makes the shim open a container's log file anew, after a rotation.

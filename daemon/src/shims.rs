@@ -12,7 +12,10 @@ use std::{
     time::Duration,
 };
 
-use holdfast_protos::shim::protobuf::{Message as _, well_known_types::any::Any};
+use holdfast_protos::shim::{
+    oci::Options,
+    protobuf::{Message as _, well_known_types::any::Any},
+};
 use holdfast_shim::{
     bundle::Bundle,
     client::{self, Client, Command, Endpoint, ErrorKind},
@@ -97,17 +100,23 @@ impl Shims {
 
     /// `containerd.runc.v1.Options` for a container under an OCI command line.
     pub fn runtime_options(&self, runtime: &Path) -> Any {
-        let options = holdfast_protos::shim::oci::Options {
+        packed(&self.options(runtime))
+    }
+
+    fn options(&self, runtime: &Path) -> Options {
+        Options {
             binary_name: runtime.display().to_string(),
             root: self.runtime_root.display().to_string(),
             systemd_cgroup: self.systemd,
             ..Default::default()
-        };
-        Any {
-            type_url: "containerd.runc.v1.Options".into(),
-            value: options.write_to_bytes().expect("a message without required fields"),
-            ..Default::default()
         }
+    }
+
+    /// The same for one that is to be restored; criu writes its log to `work`.
+    pub fn restore_options(&self, runtime: &Path, work: &Path) -> Any {
+        let mut options = self.options(runtime);
+        options.criu_work_path = work.display().to_string();
+        packed(&options)
     }
 
     fn command(&self, id: &str, bundle: &Bundle, options: Option<Any>) -> Command {
@@ -200,6 +209,13 @@ impl Shims {
     }
 }
 
+fn packed(options: &Options) -> Any {
+    Any {
+        type_url: "containerd.runc.v1.Options".into(),
+        value: options.write_to_bytes().expect("a message without required fields"),
+        ..Default::default()
+    }
+}
 /// What is noted of calls, and what they take along.
 static OBSERVER: client::Observer = client::Observer {
     metadata: crate::trace::carried,

@@ -11,7 +11,7 @@
 //! which is clamped where the daemon may not lower its own.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     path::PathBuf,
 };
 
@@ -149,6 +149,8 @@ pub struct RuntimeFeatures {
     pub apparmor: Option<bool>,
     /// `Some(false)`: built without SELinux.
     pub selinux: Option<bool>,
+    /// `Some(false)`: built without criu; `None`: it does not say.
+    pub checkpoint: Option<bool>,
 }
 
 /// First kernel whose overlayfs takes id-mapped layers.
@@ -163,6 +165,7 @@ impl RuntimeFeatures {
             oci_version_max: String,
             mount_options: Option<BTreeSet<String>>,
             linux: Option<OfLinux>,
+            annotations: BTreeMap<String, String>,
         }
         #[derive(Deserialize, Default)]
         #[serde(rename_all = "camelCase", default)]
@@ -206,6 +209,13 @@ impl RuntimeFeatures {
             seccomp_actions: seccomp.actions,
             apparmor: linux.apparmor.and_then(|apparmor| apparmor.enabled),
             selinux: linux.selinux.and_then(|selinux| selinux.enabled),
+            checkpoint: [
+                "org.opencontainers.runc.checkpoint.enabled",
+                "run.oci.crun.checkpoint.enabled",
+            ]
+            .iter()
+            .find_map(|name| features.annotations.get(*name))
+            .map(|enabled| enabled == "true"),
         })
     }
 

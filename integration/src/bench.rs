@@ -6,6 +6,7 @@
 //! from outside: clocks around CRI calls, and the kernel's own account of memory.
 
 pub mod endurance;
+mod events;
 pub mod floor;
 pub mod peer;
 mod pull;
@@ -76,13 +77,15 @@ pub enum Section {
     Pull,
     /// Memory and output of a shim in use.
     Endurance,
+    /// Subscribers of events.
+    Events,
     /// The shims alone, and ours under containerd.
     Shim,
 }
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Shim,
         Self::Memory,
         Self::Restart,
@@ -91,6 +94,7 @@ impl Section {
         Self::Watch,
         Self::Pull,
         Self::Endurance,
+        Self::Events,
     ];
 
     /// As `--only` takes it.
@@ -102,6 +106,7 @@ impl Section {
             Self::List => "list",
             Self::Watch => "watch",
             Self::Pull => "pull",
+            Self::Events => "events",
             Self::Shim => "shim",
             Self::Endurance => "endurance",
         }
@@ -239,6 +244,9 @@ async fn sections(
         let loud = registry.push("bench/loud:1", &endurance::image()?).await?;
         let floor = Floor::new(busybox, runc)?;
         endurance::run(plan.quick, samples, sides, &loud, &floor, facts).await?;
+    }
+    if wants(Section::Events) {
+        events::run(plan, samples, sides).await?;
     }
     Ok(())
 }

@@ -12,6 +12,10 @@
 //!
 //! A `<verb>` is "create", "start", "exec", … for the runtime and "ADD", "DEL", "CHECK" for CNI. A file
 //! `hang-create.2` takes effect on the second such call only. Every call is a line in `calls`.
+//!
+//! criu does not run on every kernel. So the script before runc makes checkpoints itself: it writes what
+//! it saw (the container's state, what criu would have been told) as images, and restores by running
+//! the bundle's own command. [`FakeCriu`] is a `criu` that says whether it works.
 
 use std::{
     fs,
@@ -144,6 +148,20 @@ pub struct GatedRuntime {
 }
 
 impl GatedRuntime {
+    /// Checkpoints fail from now on, in the middle, with this as criu's error.
+    ///
+    /// # Errors
+    /// The mark cannot be written.
+    pub fn no_dump(&self, why: &str) -> Result<()> {
+        fs::write(self.gate.dir.join("no-dump"), why).context("write to a gate")
+    }
+
+    /// What the last restore had been told for criu, and the state its container was captured in.
+    pub fn restored(&self) -> (String, String) {
+        let read = |name| fs::read_to_string(self.gate.dir.join(name)).unwrap_or_default();
+        (read("restored.conf"), read("restored.status"))
+    }
+
     pub(crate) fn install(ground: &Path) -> Result<Self> {
         let before = r#"
 verb=
@@ -164,8 +182,13 @@ fail() {
   cat "$1" >&2
 }
 "#;
-        let gate = Gate::install(ground.join("gated-runc"), "runc", before, r#"exec runc "$@""#)?;
+        let gate = Gate::install(ground.join("gated-runc"), "runc", before, CHECKPOINTS)?;
         Ok(Self { gate })
+    }
+
+    /// The flags of the last checkpoint or restore, one a line.
+    pub fn flags(&self) -> Vec<String> {
+        self.gate.lines("flags")
     }
 
     /// The script.
@@ -175,6 +198,83 @@ fail() {
 }
 
 gate!(GatedRuntime);
+
+/// What the script before runc does in criu's place.
+const CHECKPOINTS: &str = r#"
+case $verb in checkpoint|restore) ;; *) exec runc "$@" ;; esac
+root= image= work= bundle= pid_file= id=
+: > "$dir/flags"
+while [ $# -gt 0 ]; do
+  case $1 in
+    --root) root=$2; shift ;;
+    --log|--log-format) shift ;;
+    --image-path) image=$2; shift ;;
+    --work-path) work=$2; shift ;;
+    --bundle) bundle=$2; shift ;;
+    --pid-file) pid_file=$2; shift ;;
+    -*) echo "$1" >> "$dir/flags" ;;
+    checkpoint|restore) ;;
+    *) id=$1 ;;
+  esac
+  shift
+done
+refuse() {
+  [ -z "$log" ] || printf '{"level":"error","msg":"%s"}\n' "$1" >> "$log"
+  echo "(00.1) Error (criu/fake.c:1): $1" >> "$work/$2.log"
+  exit 1
+}
+if [ "$verb" = checkpoint ]; then
+  [ -d "$image" ] && [ -d "$work" ] || { echo "no directories" >&2; exit 1; }
+  state=$(runc --root "$root" state "$id") || exit 1
+  if [ -e "$dir/no-dump" ]; then refuse "$(cat "$dir/no-dump")" dump; fi
+  echo "$state" | sed -n 's/.*"status": "\(.*\)".*/\1/p' > "$image/status"
+  bundle=$(echo "$state" | sed -n 's/.*"bundle": "\(.*\)".*/\1/p')
+  cp "$bundle/criu.conf" "$image/criu.conf" || exit 1
+  head -c 3000000 /dev/zero > "$image/pages-1.img"
+  echo "dumped" > "$work/dump.log"
+  echo "stats" > "$work/stats-dump"
+  exit 0
+fi
+[ -e "$image/pages-1.img" ] || refuse "no pages" restore
+cp "$bundle/criu.conf" "$dir/restored.conf" || exit 1
+cp "$image/status" "$dir/restored.status"
+exec runc --root "$root" run --detach --bundle "$bundle" --pid-file "$pid_file" "$id"
+"#;
+
+/// A `criu` that is found before the real one.
+#[derive(Clone, Debug)]
+pub struct FakeCriu {
+    dir: PathBuf,
+}
+
+impl FakeCriu {
+    pub(crate) fn install(ground: &Path) -> Result<Self> {
+        let dir = ground.join("criu");
+        fs::create_dir_all(&dir)?;
+        let path = dir.join("criu");
+        let text = format!(
+            "#!/bin/sh\n[ \"$*\" = check ] || exit 2\n\
+             [ ! -e {0}/broken ] || {{ cat {0}/broken >&2; exit 1; }}\necho Looks good.\n",
+            dir.display()
+        );
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(Self { dir })
+    }
+
+    /// A PATH that has it first.
+    pub(crate) fn path(&self) -> String {
+        format!("{}:{}", self.dir.display(), std::env::var("PATH").unwrap_or_default())
+    }
+
+    /// From now on it says that it does not work, and why.
+    ///
+    /// # Errors
+    /// The mark cannot be written.
+    pub fn break_down(&self, why: &str) -> Result<()> {
+        fs::write(self.dir.join("broken"), why).context("write to the fake criu")
+    }
+}
 
 /// A script before the bridge plugin.
 #[derive(Clone, Debug)]

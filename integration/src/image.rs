@@ -326,6 +326,18 @@ impl Builder {
 }
 
 impl Image {
+    /// The same image, with an annotation of its manifest.
+    ///
+    /// # Errors
+    /// The manifest is no JSON object.
+    pub fn annotated(mut self, key: &str, value: &str) -> Result<Self> {
+        let mut manifest: Value = serde_json::from_slice(&self.manifest.content)?;
+        manifest["annotations"][key] = json!(value);
+        let media_type = self.manifest.media_type.clone();
+        self.manifest = Blob::new(&media_type, manifest.to_string().into_bytes());
+        Ok(self)
+    }
+
     /// The same image with other bytes for a layer, and a manifest that says so truthfully. Its
     /// configuration still has the diff id of the original.
     pub fn replace_layer(mut self, number: usize, content: Vec<u8>) -> Self {

@@ -18,7 +18,7 @@ use crate::{
     crash::CrashPoints,
     cri::Cri,
     disk::Disk,
-    fake::{GatedCni, GatedRuntime},
+    fake::{FakeCriu, GatedCni, GatedRuntime},
     ground::{Ground, Process},
     hugetlb::Hugetlb,
     image::Image,
@@ -54,6 +54,7 @@ pub struct Builder {
     gated_cni: bool,
     crash_points: bool,
     disks: Vec<(String, u64)>,
+    fake_criu: bool,
     log_level: String,
     config: String,
     runtime_config: String,
@@ -72,6 +73,7 @@ impl Default for Builder {
             gated_cni: false,
             crash_points: false,
             disks: Vec::new(),
+            fake_criu: false,
             log_level: "info,holdfast_daemon=debug,holdfast_shim=debug".into(),
             config: String::new(),
             runtime_config: String::new(),
@@ -113,6 +115,12 @@ impl Builder {
     /// many MiB.
     pub fn disk(mut self, directory: &str, mib: u64) -> Self {
         self.disks.push((directory.into(), mib));
+        self
+    }
+    /// Checkpoints are made by a script: see [`crate::fake`].
+    pub fn fake_criu(mut self) -> Self {
+        self.gated_runtime = true;
+        self.fake_criu = true;
         self
     }
     /// What the daemon logs, instead of almost everything.
@@ -174,6 +182,10 @@ impl Builder {
         let gated_cni = if self.gated_cni { Some(GatedCni::install(ground.path())?) } else { None };
         let gated_runtime =
             if self.gated_runtime { Some(GatedRuntime::install(ground.path())?) } else { None };
+        let fake_criu = if self.fake_criu { Some(FakeCriu::install(ground.path())?) } else { None };
+        if let Some(criu) = &fake_criu {
+            self.env.push(("PATH".into(), criu.path()));
+        }
         write_network(&ground, self.cni)?;
         let config = write_config(&self, &ground, &binaries, gated_runtime.as_ref())?;
         let cri = Cri::new(ground.path().join("cri.sock"));
@@ -188,6 +200,7 @@ impl Builder {
             gated_runtime,
             gated_cni,
             disks,
+            fake_criu,
             ground,
             finished: false,
             _hugetlb: hugetlb,
@@ -212,6 +225,7 @@ pub struct Node {
     gated_runtime: Option<GatedRuntime>,
     gated_cni: Option<GatedCni>,
     disks: Vec<Disk>,
+    fake_criu: Option<FakeCriu>,
     ground: Ground,
     finished: bool,
     _hugetlb: Hugetlb,
@@ -259,6 +273,14 @@ impl Node {
     /// The script before runc.
     pub fn gated_runtime(&self) -> &GatedRuntime {
         self.gated_runtime.as_ref().expect("the node was built with gated_runtime()")
+    }
+
+    /// The `criu` of a node that was built with [`Builder::fake_criu`].
+    ///
+    /// # Panics
+    /// It was not.
+    pub fn criu(&self) -> &FakeCriu {
+        self.fake_criu.as_ref().expect("the node is built with fake_criu()")
     }
 
     /// The script before the bridge plugin.

@@ -387,6 +387,11 @@ pub struct Container {
 }
 
 impl Container {
+    /// The socket it is known at.
+    pub fn cri(&self) -> &Cri {
+        &self.cri
+    }
+
     /// A container of which only the id is known.
     pub fn existing(cri: &Cri, id: &str) -> Self {
         Self { id: id.into(), cri: cri.clone(), log: PathBuf::new() }

@@ -168,7 +168,14 @@ async fn ctr_runs_execs_pauses_and_kills() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_checkpoint_that_cannot_be_made_is_refused_and_the_container_goes_on() -> Result<()> {
     let peer = Peer::start().await?;
-    peer.ctr(&peer.run(&["-d"], "c1", "while :; do sleep 0.1; done"))?;
+    let script = "echo > /tmp/runs; while :; do sleep 0.1; done";
+    peer.ctr(&peer.run(&["-d"], "c1", script))?;
+    // ctr freezes it first, and runc takes what has not begun yet for what has ended.
+    let runs = peer.rootfs.join("tmp/runs");
+    eventually(PATIENCE, "the container to run", async || {
+        Ok(Look::when(runs.exists(), || "it does not".into()))
+    })
+    .await?;
     // Whether or not there is a criu: one that always fails is found first by runc's options.
     let images = peer.containerd.ground().path().join("no/such/dir");
     let images = images.to_str().context("text")?;

@@ -13,7 +13,10 @@ async fn node() -> Result<(Node, String, tempfile::TempDir)> {
     let dir = tempfile::tempdir()?;
     let script = dir.path().join("runsc");
     // Flags of a runtime are put before it by a script.
-    fs::write(&script, format!("#!/bin/sh\nexec {} --platform=ptrace \"$@\"\n", runsc.display()))?;
+    fs::write(
+        &script,
+        format!("#!/bin/sh\nexec {} --platform=ptrace --network=host \"$@\"\n", runsc.display()),
+    )?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
     let mut node = Node::builder()
         .config(&format!("[runtime.handlers.gvisor]\npath = {script:?}\n"))

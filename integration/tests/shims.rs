@@ -376,3 +376,158 @@ async fn shims_that_are_killed_at_random_under_load_cost_nothing() -> Result<()>
     node.nothing_left_since(&baseline).await?;
     node.finish().await
 }
+
+/// A copy of the shim, which is another file and so another release to whoever looks.
+fn next_release(node: &Node, name: &str) -> Result<std::path::PathBuf> {
+    let path = node.path().join(name);
+    fs::copy(&node.binaries().shim, &path)?;
+    Ok(path)
+}
+
+fn executable(pid: i32) -> Result<std::path::PathBuf> {
+    Ok(fs::read_link(format!("/proc/{pid}/exe"))?)
+}
+
+async fn running_shims_get_new_code(runtime: &str) -> Result<()> {
+    let (node, image) = with_busybox(runtime).await?;
+    let baseline = node.inventory();
+    let pod = node.pod("a").shared_pids().run().await?;
+    let writer = pod
+        .container(&image)
+        .name("writer")
+        .sh("trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo line $i; done")
+        .start()
+        .await?;
+    let terminal = pod
+        .container(&image)
+        .name("terminal")
+        .config(|c| {
+            c.tty = true;
+            c.stdin = true;
+        })
+        .sh("stty -echo; echo ready; while read x; do echo got $x; done; exit 8")
+        .start()
+        .await?;
+    let slow = pod
+        .container(&image)
+        .name("slow")
+        .config(|c| c.stdin = true)
+        .sh("printf 'one '; while read x; do printf \"$x \"; done; echo end; exit 7")
+        .start()
+        .await?;
+    let created = pod.container(&image).name("created").sh("exit 6").create().await?;
+    let exited = pod.container(&image).name("exited").sh("exit 5").start().await?;
+    ends_with(&exited, 5).await?;
+    terminal.wait_for_log("ready").await?;
+    writer.wait_for_log("line 1000").await?;
+    let before = writer.status().await?;
+    let pid = shim_pid(&node, &pod)?;
+
+    let control = Control::new(&bundle(&node, &pod));
+    let both = Attach { stdin: true, stdout: true, stderr: false };
+    let (mut to_terminal, mut of_terminal) = control.attach(&terminal.id, both).await?.split();
+    let (mut to_slow, _of_slow) = control.attach(&slow.id, both).await?.split();
+    for round in 0..3 {
+        let exec = async {
+            let script = ["/bin/sh", "-c", "echo before; sleep 3; echo after; exit 33"];
+            writer.exec_sync(&script, 30).await
+        };
+        let upgrading = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let release = next_release(&node, &format!("shim{round}"))?;
+            let path = release.display().to_string();
+            let said = node.cli(&["upgrade", "shims", "--binary", &path])?;
+            ensure!(said.contains("upgraded"), "{said}");
+            // In place: the same process, with other code.
+            assert_eq!(executable(pid)?, release);
+            let said = node.cli(&["upgrade", "shims", "--binary", &path])?;
+            ensure!(said.contains("runs it already"), "{said}");
+            Ok::<_, anyhow::Error>(())
+        };
+        let (exec, upgraded) = tokio::join!(exec, upgrading);
+        upgraded.with_context(|| format!("round {round}\n{}", node.daemon_log(30)))?;
+        let exec = exec.with_context(|| format!("round {round}\n{}", node.daemon_log(30)))?;
+        ensure!(exec.exit_code == 33 && exec.stdout == b"before\nafter\n", "{exec:?}");
+        // Attached clients have not noticed.
+        let word = format!("round{round}");
+        to_terminal.stdin(format!("{word}\n").as_bytes()).await?;
+        to_slow.stdin(format!("{word}\n").as_bytes()).await?;
+        let mut seen = Vec::new();
+        while !String::from_utf8_lossy(&seen).contains(&format!("got {word}")) {
+            match of_terminal.next().await? {
+                Some(Output::Stdout(bytes)) => seen.extend(bytes),
+                other => anyhow::bail!("{other:?} after {:?}", String::from_utf8_lossy(&seen)),
+            }
+        }
+    }
+    assert_eq!(writer.status().await?, before);
+    assert_eq!(shim_pid(&node, &pod)?, pid);
+    // A line that began before the upgrades and ends after them is one line.
+    to_slow.close_stdin().await?;
+    drop(to_slow);
+    drop(_of_slow);
+    created.start().await?;
+    ends_with(&created, 6).await?;
+    writer.stop(10).await?;
+    ends_with(&writer, 9).await?;
+    let count = log::numbered(&writer.log()?)?;
+    println!("{count} lines, all there");
+    pod.stop().await?;
+    let texts: Vec<_> = slow.log()?.into_iter().map(|line| line.text).collect();
+    assert_eq!(texts, ["one round0 round1 round2 "]);
+    pod.remove().await?;
+    node.nothing_left_since(&baseline).await?;
+    node.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn running_shims_get_new_code_under_runc() -> Result<()> {
+    running_shims_get_new_code("runc").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn running_shims_get_new_code_under_crun() -> Result<()> {
+    running_shims_get_new_code("crun").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upgrade_that_cannot_be_leaves_the_old_shim_as_it_was() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mut node = Node::start().await?;
+    let image = node.busybox().await?;
+    let pod = node.pod("a").host_network().run().await?;
+    let container = pod
+        .container(&image)
+        .sh("i=0; while :; do i=$((i+1)); echo line $i; usleep 2000; done")
+        .start()
+        .await?;
+    container.wait_for_log("line 10").await?;
+    let pid = shim_pid(&node, &pod)?;
+    let before = executable(pid)?;
+    let write = |name: &str, text: &str| -> Result<String> {
+        let path = node.path().join(name);
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(path.display().to_string())
+    };
+    for (binary, part) in [
+        (write("garbage", "no program at all")?, "cannot take over"),
+        ("/bin/true".to_owned(), "no shim that can take over"),
+        (write("newer", "#!/bin/sh\necho the state needs version 9 >&2; exit 1\n")?, "version 9"),
+        (write("hangs", "#!/bin/sh\nexec sleep 100\n")?, "does not answer within"),
+        // It says that it can, and then cannot be executed as what it claims to be.
+        (write("liar", "#!/nowhere/at/all\n")?, "No such file"),
+    ] {
+        let refused = node.cli(&["upgrade", "shims", "--binary", &binary]);
+        let text = format!("{:#}", refused.err().context(format!("{binary} was taken"))?);
+        ensure!(text.contains(part), "{binary}: {text}");
+        assert_eq!(executable(pid)?, before, "{binary}");
+        ensure!(container.is_running().await?, "{binary}");
+    }
+    let refused = node.cli(&["upgrade", "shims", "--binary", "/not/there"]);
+    let text = format!("{:#}", refused.err().context("it was taken")?);
+    ensure!(text.contains("/not/there") && text.contains("not installed"), "{text}");
+    assert_eq!(container.sh("echo still here").await?, "still here");
+    log::numbered(&container.log()?)?;
+    node.finish().await
+}

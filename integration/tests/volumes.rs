@@ -23,9 +23,11 @@ with_each_runtime! {
     image_volumes_survive_the_daemon_and_are_swept
     volumes_of_the_image_have_its_content_and_go_with_the_container
     mounts_of_the_pod_cover_volumes_of_the_image
+    mounts_lie_below_and_above_volumes_of_the_image
     options_of_mounts_take_effect
     a_pod_has_a_user_namespace_with_its_own_files
     volumes_of_a_pod_with_a_user_namespace_are_its_own
+    a_user_namespace_goes_with_the_nodes_network
     volumes_that_the_runtime_cannot_map_are_refused
 }
 
@@ -321,6 +323,52 @@ async fn mounts_of_the_pod_cover_volumes_of_the_image(runtime: &str) -> Result<(
     node.finish().await
 }
 
+async fn mounts_lie_below_and_above_volumes_of_the_image(runtime: &str) -> Result<()> {
+    let mut node = Node::builder().default_runtime(runtime).start().await?;
+    let image = Image::busybox()?
+        .layer([
+            Entry::dir("data", 0o755),
+            Entry::file("data/seed", 0o644, "seed"),
+            Entry::dir("srv", 0o755),
+            Entry::dir("srv/deep", 0o755),
+            Entry::file("srv/deep/seed", 0o644, "deep seed"),
+        ])
+        .volume("/data")
+        .volume("/srv/deep")
+        .build()?;
+    let image = node.load("test/nested:1", &image).await?;
+    let host = node.path().join("host");
+    fs::create_dir_all(host.join("below"))?;
+    fs::create_dir_all(host.join("above"))?;
+    fs::write(host.join("below/mine"), "below")?;
+    fs::write(host.join("above/mine"), "above")?;
+    let pod = node.pod("a").host_network().run().await?;
+    // In the order in which nobody would mount them.
+    let container = pod
+        .container(&image)
+        .sh("sleep 1000")
+        .mount(&host.join("below"), "/data/sub/dir", |_| {})
+        .mount(&host.join("above"), "/srv", |_| {})
+        .start()
+        .await?;
+    // Below: the volume with its content, and in it the mount.
+    assert_eq!(container.sh("cat /data/seed /data/sub/dir/mine").await?, "seedbelow");
+    container.sh("echo x > /data/new; echo y > /data/sub/dir/new").await?;
+    let volumes = node.path().join("root/volumes").join(&container.id);
+    assert_eq!(fs::read_to_string(volumes.join("0/new"))?, "x\n");
+    assert_eq!(fs::read_to_string(host.join("below/new"))?, "y\n");
+    // Above: the mount, and in it the volume, as the image wants it.
+    assert_eq!(container.sh("cat /srv/mine /srv/deep/seed").await?, "abovedeep seed");
+    container.sh("echo z > /srv/deep/new").await?;
+    assert_eq!(fs::read_to_string(volumes.join("1/new"))?, "z\n");
+    ensure!(!host.join("above/deep/new").exists(), "the volume's content is in the mount");
+    container.stop(0).await?;
+    container.remove().await?;
+    ensure!(!volumes.exists(), "the volumes are left");
+    ensure!(host.join("below/new").exists(), "the node's files went with the container");
+    node.finish().await
+}
+
 async fn options_of_mounts_take_effect(runtime: &str) -> Result<()> {
     let (node, busybox) = node::with_busybox(runtime).await?;
     let features = node.status(false).await?.features.context("features")?;
@@ -509,6 +557,41 @@ async fn volumes_of_a_pod_with_a_user_namespace_are_its_own(runtime: &str) -> Re
     assert_eq!(text.matches("Read-only file system").count(), 2, "{text}");
     let new = node.path().join("root/volumes").join(&container.id).join("0/new");
     assert_eq!(fs::metadata(new)?.uid(), HOST);
+    node.finish().await
+}
+
+async fn a_user_namespace_goes_with_the_nodes_network(runtime: &str) -> Result<()> {
+    let (node, image) = node::with_busybox(runtime).await?;
+    open_up(&node)?;
+    let pod = mapped(node.pod("a")).host_network().run().await?;
+    let container = pod.container(&image).sh("sleep 1000").start().await?;
+    let text = container.sh("cat /proc/self/uid_map; readlink /proc/self/ns/net").await?;
+    let network = fs::read_link("/proc/self/ns/net")?;
+    let words: Vec<&str> = text.split_whitespace().collect();
+    assert_eq!(words, ["0", "200000", "65536", &*network.to_string_lossy()]);
+    // The node's own name, interfaces and addresses; to be looked at, and not to be changed.
+    assert_eq!(
+        container.sh("hostname").await?,
+        fs::read_to_string("/proc/sys/kernel/hostname")?.trim()
+    );
+    ensure!(container.sh("ls /sys/class/net").await?.contains("lo"), "no interfaces in /sys");
+    for change in ["ip link add d0 type dummy", "echo 1 >/sys/kernel/profiling", "touch /sys/x"] {
+        let done = container.exec_sync(&["sh", "-c", change], 10).await?;
+        ensure!(
+            done.exit_code != 0,
+            "{change} went well: {}",
+            String::from_utf8_lossy(&done.stdout)
+        );
+    }
+    assert_eq!(container.sh("touch /x && stat -c %u /x").await?, "0");
+    // Not the node's IPC or processes.
+    for change in [
+        (|n: &mut cri::NamespaceOption| n.ipc = cri::NamespaceMode::Node.into()) as fn(&mut _),
+        |n| n.pid = cri::NamespaceMode::Node.into(),
+    ] {
+        let error = mapped(node.pod("b")).namespaces(change).run().await.map(|p| p.id).unwrap_err();
+        assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    }
     node.finish().await
 }
 

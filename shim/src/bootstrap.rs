@@ -38,6 +38,8 @@ pub(crate) enum Action {
     Start,
     /// Clean up after a shim that is gone.
     Delete,
+    /// Say whether this binary can take over the state on standard input.
+    Look,
     /// Say what this binary is (`-info`).
     Info,
     /// Print the version (`-v`).
@@ -54,6 +56,8 @@ pub(crate) struct Arguments {
     pub(crate) publish_binary: String,
     pub(crate) bundle: PathBuf,
     pub(crate) debug: bool,
+    /// Of `serve`: the descriptor of what the code before this has handed over.
+    pub(crate) handover: Option<i32>,
 }
 
 impl Arguments {
@@ -73,6 +77,7 @@ impl Arguments {
                     "start" => Action::Start,
                     "delete" => Action::Delete,
                     "serve" => Action::Serve,
+                    "look" => Action::Look,
                     other => {
                         return Err(format!(
                             "unknown action {other:?}; known are start and delete"
@@ -89,7 +94,8 @@ impl Arguments {
                 "debug" => parsed.debug = given.is_none_or(|value| value != "false"),
                 "v" | "version" => action = Some(Action::Version),
                 "info" => action = Some(Action::Info),
-                "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket" => {
+                "namespace" | "id" | "address" | "publish-binary" | "bundle" | "socket"
+                | "handover" => {
                     let value = match given {
                         Some(value) => value,
                         None => {
@@ -102,6 +108,12 @@ impl Arguments {
                         "address" => parsed.address = value,
                         "publish-binary" => parsed.publish_binary = value,
                         "bundle" => parsed.bundle = value.into(),
+                        "handover" => {
+                            let number = value.parse().ok().filter(|fd| *fd > 2);
+                            parsed.handover = Some(number.ok_or_else(|| {
+                                format!("flag -handover needs a descriptor, not {value:?}")
+                            })?);
+                        }
                         // Of old daemons; the socket is ours to name.
                         _ => {}
                     }
@@ -312,6 +324,7 @@ mod tests {
                 publish_binary: "/bin/c".into(),
                 bundle: PathBuf::new(),
                 debug: false,
+                handover: None,
             }
         );
         let delete = parse("--namespace=n --id=a -debug -bundle /b delete").unwrap();

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! container  config.json rootfs/ stdout stderr stdin (FIFOs) exit.json init.pid options.json
+//!            criu.conf
 //! pod        address shim.pid shim.json io.sock ns/{net,ipc,uts,user,pid} hostname hosts resolv.conf shm/
 //! ```
 //! Under containerd a bundle is both at once.
@@ -71,6 +72,11 @@ impl Bundle {
     /// How the OCI runtime was called for this container, for `delete` when the shim is gone.
     pub fn options(&self) -> PathBuf {
         self.dir.join("options.json")
+    }
+
+    /// What criu is told when the container is checkpointed or restored; written by the shim.
+    pub fn criu_config(&self) -> PathBuf {
+        self.dir.join("criu.conf")
     }
 
     /// The shim's ttrpc address, written by `start`.

@@ -28,8 +28,11 @@ use crate::{
     bootstrap::{self, Action, Arguments, Input, Reader},
     bundle::{Bundle, ExitRecord, replace},
     cgroup::Cgroup,
-    crash, mounts, namespaces,
-    pod::Pod,
+    control::Kept,
+    crash,
+    handover::{self, Handover, Origin},
+    mounts, namespaces,
+    pod::{Pod, Saved},
     pod_init,
     process::{self, Reaper, Signals, check, report, watch_fd},
     publish::Events,
@@ -78,6 +81,7 @@ fn run(arguments: impl Iterator<Item = OsString>) -> Result<(), String> {
     match arguments.action {
         Action::Start => start(&arguments),
         Action::Serve => serve(&arguments),
+        Action::Look => handover::look(),
         Action::Delete => delete(&arguments),
         Action::Info => info(),
         Action::Version => {
@@ -252,9 +256,18 @@ fn run_async<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, Stri
 }
 
 fn serve(arguments: &Arguments) -> Result<(), String> {
-    let listener = inherited()?;
-    let cwd = std::env::current_dir().map_err(|error| format!("working directory: {error}"))?;
-    let bundle = Bundle::new(cwd);
+    let handed = arguments.handover.map(handover::receive).transpose()?;
+    let (listener, bundle) = match &handed {
+        Some((handed, _)) => {
+            let listener = UnixListener::from(handover::inherited(handed.listener)?);
+            (listener, Bundle::new(&handed.bundle))
+        }
+        None => {
+            let cwd = std::env::current_dir();
+            let cwd = cwd.map_err(|error| format!("working directory: {error}"))?;
+            (inherited()?, Bundle::new(cwd))
+        }
+    };
     // The bundle must be removable, and its removal noticeable.
     std::env::set_current_dir("/").map_err(|error| format!("/: {error}"))?;
     process::become_subreaper().map_err(|error| format!("become subreaper: {error}"))?;
@@ -272,9 +285,11 @@ fn serve(arguments: &Arguments) -> Result<(), String> {
         events,
         default_runtime(&arguments.namespace),
     );
-    pod.begin();
+    if handed.is_none() {
+        pod.begin();
+    }
     crash::point("shim.serve.begun");
-    let done = run_async(live(listener, pod.clone()));
+    let done = run_async(live(arguments, listener, pod.clone(), handed));
     crash::point("shim.serve.ended");
     let _ = fs::remove_file(pod.bundle.io_socket());
     if let Some(socket) = socket {
@@ -297,18 +312,36 @@ fn inherited() -> Result<UnixListener, String> {
 }
 
 /// The shim's life.
-async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
+async fn live(
+    arguments: &Arguments,
+    listener: UnixListener,
+    pod: Arc<Pod>,
+    handed: Option<(Handover, Kept)>,
+) -> Result<(), String> {
     let signals = Signals::new(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, libc::SIGUSR1])
         .map_err(|error| format!("signals: {error}"))?;
+    let (asker, control) = match handed {
+        Some((handed, kept)) => take_over(&pod, handed, kept).await?,
+        None => (None, server::control_listener(&pod.bundle)),
+    };
     let listener = tokio::net::UnixListener::from_std(listener)
         .map_err(|error| format!("listener: {error}"))?;
+    let _ = pod.origin.set(Origin {
+        arguments: arguments.clone(),
+        listener: listener.as_raw_fd(),
+        control: control.as_ref().ok().map(|control| control.as_raw_fd()),
+    });
     let mut server =
         server::serve(listener, &pod).await.map_err(|error| format!("listener: {error}"))?;
-    match server::control_listener(&pod.bundle) {
+    match control {
         Ok(control) => {
             tokio::spawn(server::serve_control(control, pod.clone()));
         }
         Err(error) => report!("no control socket: {error}"),
+    }
+    if let Some(mut asker) = asker {
+        // It may have gone; the upgrade is done all the same.
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut asker, b"ok\n").await;
     }
     let forwarding = pod.clone();
     tokio::spawn(async move { forwarding.events.run().await });
@@ -353,6 +386,37 @@ async fn live(listener: UnixListener, pod: Arc<Pod>) -> Result<(), String> {
     }
     let _ = tokio::time::timeout(Duration::from_secs(1), server.shutdown()).await;
     Ok(())
+}
+
+/// Takes over from the code that was here before; gives who asked for that, and the control socket.
+async fn take_over(
+    pod: &Arc<Pod>,
+    handed: Handover,
+    kept: Kept,
+) -> Result<(Option<tokio::net::UnixStream>, io::Result<tokio::net::UnixListener>), String> {
+    let stream = |fd: i32| {
+        let stream = std::os::unix::net::UnixStream::from(handover::inherited(fd)?);
+        tokio::net::UnixStream::from_std(stream).map_err(|error| error.to_string())
+    };
+    let control = match handed.control {
+        Some(fd) => {
+            let control = UnixListener::from(handover::inherited(fd)?);
+            tokio::net::UnixListener::from_std(control)
+        }
+        None => server::control_listener(&pod.bundle),
+    };
+    pod.take_over_from(Saved::from_value(handed.state)?, kept, handed.unfinished).await;
+    pod.events.restore(handed.events);
+    for client in handed.attached {
+        match stream(client.fd) {
+            Ok(stream) => server::attach_again(stream, pod, &client),
+            Err(error) => report!("an attached client: {error}"),
+        }
+    }
+    // Those that ended meanwhile were told to the code before.
+    pod.reaper.sweep();
+    pod.changed();
+    Ok((handed.asker.map(stream).transpose()?, control))
 }
 
 /// Wakes the shim when its bundle may have gone: one inotify instance per shim, and no timer.

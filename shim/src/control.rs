@@ -8,6 +8,7 @@
 //! -> attach <container> [i][o][e]\n   <- ok\n | error <text>\n, then frames both ways
 //! -> relay <Relay as JSON>\n        <- ok\n | error <text>\n
 //! -> settle <container>\n           <- ok\n
+//! -> upgrade <path>\n               <- ok\n, by the new code | error <text>\n
 //! frame: kind u8, length u32 big endian, payload
 //! -> 0 stdin (empty: end of input)   4 resize (u16 width, u16 height, big endian)
 //! <- 1 stdout   2 stderr   3 end (empty: the container's output has ended)
@@ -90,7 +91,7 @@ pub fn parse_header(header: [u8; HEADER]) -> Option<(Kind, usize)> {
 }
 
 /// Which streams an attach wants.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attach {
     /// Feed standard input.
     pub stdin: bool,
@@ -144,6 +145,8 @@ pub enum Request {
     Keep,
     /// Take over what a dead shim had.
     Adopt,
+    /// Execute this binary in your place.
+    Upgrade(PathBuf),
     /// Close the container's log and open its path again.
     Reopen(String),
     /// Attach to the container.
@@ -162,6 +165,7 @@ impl Request {
             Request::Hello => "hello\n".into(),
             Request::Keep => "keep\n".into(),
             Request::Adopt => "adopt\n".into(),
+            Request::Upgrade(binary) => format!("upgrade {}\n", binary.display()),
             Request::Reopen(container) => format!("reopen {container}\n"),
             Request::Relay(relay) => {
                 let json = serde_json::to_string(relay).expect("plain data has a JSON form");
@@ -187,6 +191,11 @@ impl Request {
             "keep" => return Some(Request::Keep),
             "adopt" => return Some(Request::Adopt),
             _ => {}
+        }
+        if let Some(path) = line.strip_prefix("upgrade ") {
+            return Some(PathBuf::from(path))
+                .filter(|path| path.is_absolute())
+                .map(Request::Upgrade);
         }
         if let Some(json) = line.strip_prefix("relay ") {
             return serde_json::from_str(json).ok().map(Request::Relay);
@@ -219,7 +228,12 @@ pub use crate::fds::Kept;
 
 #[cfg(feature = "client")]
 mod client {
-    use std::{io, path::PathBuf, sync::Arc, time::Duration};
+    use std::{
+        io,
+        path::{Path, PathBuf},
+        sync::Arc,
+        time::Duration,
+    };
 
     use tokio::{
         io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
@@ -368,6 +382,25 @@ mod client {
                 accepted(call, &reader.line().await.map_err(io)?)
             };
             let answer = tokio::time::timeout(deadline, adopted).await;
+            answer.map_err(|_| Error::Deadline { call, deadline })?
+        }
+
+        /// Has the shim replace its code by that of `binary`, an absolute path. Its Task connections break
+        /// and can be made again at once; everything else goes on.
+        ///
+        /// # Errors
+        /// It cannot be, and the old code goes on (`Precondition`, and `Invalid` or `Unimplemented` from
+        /// one that does not know how); or, as `Closed`, the new code did not come up.
+        pub async fn upgrade(&self, binary: &Path, deadline: Duration) -> Result<(), Error> {
+            let call = "upgrade";
+            let io = |source| Error::Io { call, source };
+            let upgraded = async {
+                let mut stream = self.connect().await.map_err(io)?;
+                let request = Request::Upgrade(binary.to_owned());
+                write_line(&mut stream, &request).await.map_err(io)?;
+                accepted(call, &fds::Reader::new(&stream).line().await.map_err(io)?)
+            };
+            let answer = tokio::time::timeout(deadline, upgraded).await;
             answer.map_err(|_| Error::Deadline { call, deadline })?
         }
 
@@ -536,6 +569,7 @@ mod tests {
             Request::Hello,
             Request::Keep,
             Request::Adopt,
+            Request::Upgrade("/opt/a shim".into()),
             Request::Reopen("a".into()),
             Request::Attach("b".into(), all),
             Request::Attach("c".into(), Attach::default()),
@@ -559,6 +593,8 @@ mod tests {
             "",
             "hello you",
             "keep ",
+            "upgrade",
+            "upgrade shim",
             "reopen",
             "reopen ",
             "attach a x",

@@ -32,6 +32,10 @@ mod bootstrap;
 #[cfg(feature = "server")]
 pub mod command_line;
 #[cfg(feature = "server")]
+mod criu;
+#[cfg(feature = "server")]
+mod handover;
+#[cfg(feature = "server")]
 mod log;
 #[cfg(feature = "server")]
 mod mounts;

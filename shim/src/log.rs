@@ -91,6 +91,15 @@ impl Log {
         }
     }
 
+    /// Text after the last line feed, of both streams.
+    pub(crate) fn unfinished(&self) -> [Vec<u8>; 2] {
+        self.unfinished.clone()
+    }
+
+    pub(crate) fn set_unfinished(&mut self, unfinished: [Vec<u8>; 2]) {
+        self.unfinished = unfinished;
+    }
+
     /// Takes output of the container; `out` is a buffer of [`OUT_SIZE`]. Gives how much of it was
     /// used.
     pub(crate) fn write(&mut self, stream: Stream, bytes: &[u8], out: &mut [u8]) -> usize {

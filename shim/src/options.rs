@@ -60,3 +60,7 @@ pub struct IdMap {
     /// Number of ids.
     pub length: u32,
 }
+
+/// The annotation by which runc and crun know a container's own criu configuration, which our shim
+/// writes to [`crate::bundle::Bundle::criu_config`].
+pub const CRIU_CONFIG: &str = "org.criu.config";

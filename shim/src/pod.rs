@@ -10,7 +10,7 @@
 mod adopt;
 mod saved;
 
-pub(crate) use saved::VERSION as STATE_VERSION;
+pub(crate) use saved::{Saved, VERSION as STATE_VERSION};
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,7 +30,9 @@ use tokio::sync::{Notify, watch};
 use crate::{
     bundle::{Bundle, Exit, ExitRecord, replace},
     cgroup::Cgroup,
-    crash, mounts, namespaces,
+    crash, criu,
+    handover::{AttachedClient, Busy, Origin},
+    mounts, namespaces,
     options::PodOptions,
     process::{Owned, Reaper, lock, report, stat_of},
     publish::Events,
@@ -225,6 +227,11 @@ pub(crate) struct Container {
     pub(crate) paused: AtomicBool,
     /// The runtime could not be made to forget it after it was not made.
     undeleted: AtomicBool,
+    /// Held while it is paused, resumed or checkpointed: a resume that comes while one of the other two
+    /// is at work must be the last word.
+    turn: tokio::sync::Mutex<()>,
+    /// A checkpoint under way is to be given up.
+    give_up: Notify,
     /// The checkpoint it is to be restored from.
     restore: Option<PathBuf>,
     mounted: bool,
@@ -356,6 +363,10 @@ pub(crate) struct Pod {
     pub(crate) lent: Notify,
     /// Another shim has died here, and what it had is not taken over yet.
     orphan: Mutex<bool>,
+    /// How this process was started.
+    pub(crate) origin: OnceLock<Origin>,
+    /// Clients of attach, by their descriptor.
+    pub(crate) attached: Mutex<BTreeMap<i32, (AttachedClient, Arc<stdio::Attached>)>>,
 }
 
 #[derive(Deserialize, Default)]
@@ -460,6 +471,8 @@ impl Pod {
             calls: AtomicUsize::new(0),
             lent: Notify::new(),
             orphan: Mutex::default(),
+            origin: OnceLock::new(),
+            attached: Mutex::default(),
         })
     }
 
@@ -565,6 +578,8 @@ impl Pod {
             shares_pids: !own_pids,
             paused: AtomicBool::new(false),
             undeleted: AtomicBool::new(false),
+            turn: tokio::sync::Mutex::new(()),
+            give_up: Notify::new(),
             deleting: tokio::sync::Mutex::new(()),
             restore: (!create.checkpoint.is_empty()).then(|| create.checkpoint.clone().into()),
             mounted: !create.rootfs.is_empty(),
@@ -774,9 +789,15 @@ impl Pod {
         let mut io = lock(&container.init.io)
             .take()
             .ok_or_else(|| Error::Precondition("the restore failed before".into()))?;
+        let runtime = &container.runtime;
+        if let Err(error) = criu::before_restore(&container.bundle, &images, &runtime.name()) {
+            io.close();
+            return Err(io_error("prepare the restore")(error));
+        }
         let console = io.console();
         let given = io.take_given();
         let pid_file = container.bundle.init_pid();
+        let _ = fs::remove_file(&pid_file);
         let launch = self.reaper.launch();
         let restored = container
             .runtime
@@ -794,6 +815,11 @@ impl Pod {
             .await;
         if let Err(error) = restored {
             io.close();
+            if error.reason() != Reason::AlreadyExists
+                && !matches!(error, runtime::Error::Spawn { .. })
+            {
+                self.delete_by_force(container).await;
+            }
             return Err(error.into());
         }
         let adopted = self.adopt(container, &mut io, &pid_file).await;
@@ -806,6 +832,13 @@ impl Pod {
                 return Err(error);
             }
         };
+        // It was paused when its checkpoint was made, and criu restores that too.
+        if let Some(cgroup) = container.cgroup()
+            && cgroup.is_frozen()
+            && let Err(error) = cgroup.freeze(false)
+        {
+            report!("container {}: thaw it after its restore: {error}", container.id);
+        }
         let pid = owned.pid();
         *lock(&container.init.io) = Some(io);
         self.watch_init(container.clone(), owned);
@@ -816,7 +849,12 @@ impl Pod {
     fn watch_init(self: &Arc<Self>, container: Arc<Container>, owned: Arc<Owned>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let exit = owned.wait().await;
+            let ended = owned.ended().await;
+            let _busy = Busy::begin();
+            let exit = match ended {
+                Ok(()) => owned.exit().await,
+                Err(error) => Err(error),
+            };
             let at = SystemTime::now();
             pod.settle(&container, owned.pid(), exit, at).await;
         });
@@ -987,7 +1025,12 @@ impl Pod {
     ) {
         let (pod, container, exec) = (self.clone(), container.id.clone(), exec.to_owned());
         tokio::spawn(async move {
-            let exit = owned.wait().await;
+            let ended = owned.ended().await;
+            let _busy = Busy::begin();
+            let exit = match ended {
+                Ok(()) => owned.exit().await,
+                Err(error) => Err(error),
+            };
             let at = SystemTime::now();
             let exit = exit.unwrap_or_else(|error| {
                 report!("exec {exec} of {container}: its exit code is lost: {error}");
@@ -1146,6 +1189,7 @@ impl Pod {
 
     pub(crate) async fn pause(&self, id: &str) -> Called<()> {
         let container = self.container(id)?;
+        let _turn = container.turn.lock().await;
         container.running("pause")?;
         container.runtime.pause(&self.reaper, id).await?;
         container.paused.store(true, Ordering::Relaxed);
@@ -1156,8 +1200,12 @@ impl Pod {
         Ok(())
     }
 
+    /// Lets a container run on. A checkpoint of it that is under way is given up: whoever asked for
+    /// that wants it no more, or is a daemon that is gone.
     pub(crate) async fn resume(&self, id: &str) -> Called<()> {
         let container = self.container(id)?;
+        container.give_up.notify_waiters();
+        let _turn = container.turn.lock().await;
         container.running("resume")?;
         container.runtime.resume(&self.reaper, id).await?;
         container.paused.store(false, Ordering::Relaxed);
@@ -1177,13 +1225,36 @@ impl Pod {
         Ok(updated?)
     }
 
-    pub(crate) async fn checkpoint(&self, id: &str, mut how: Checkpoint) -> Called<()> {
+    /// Writes the images of a container's processes. `within`: what the caller gives it; else the
+    /// deadline of any call.
+    pub(crate) async fn checkpoint(
+        &self,
+        id: &str,
+        mut how: Checkpoint,
+        within: Option<Duration>,
+    ) -> Called<()> {
         let container = self.container(id)?;
+        let _turn = container.turn.lock().await;
         container.running("checkpoint")?;
+        let runtime = &container.runtime;
         if how.work.as_os_str().is_empty() {
-            how.work.clone_from(&container.runtime.criu_work);
+            how.work.clone_from(&runtime.criu_work);
         }
-        container.runtime.checkpoint(&self.reaper, id, &how).await?;
+        criu::before_checkpoint(&container.bundle, &how.images, &runtime.name())
+            .map_err(io_error("prepare the checkpoint"))?;
+        let within = within.unwrap_or_else(|| runtime.deadline());
+        let written = runtime.checkpoint(&self.reaper, id, &how, within, &container.give_up).await;
+        if let Err(error) = written {
+            // A criu that was killed leaves frozen what it froze.
+            if !container.paused.load(Ordering::Relaxed)
+                && let Some(cgroup) = container.cgroup()
+                && cgroup.is_frozen()
+                && let Err(error) = cgroup.freeze(false)
+            {
+                report!("container {id}: thaw it after a failed checkpoint: {error}");
+            }
+            return Err(error.into());
+        }
         let mut told = event::TaskCheckpointed::new();
         told.container_id = id.to_owned();
         told.checkpoint = how.images.display().to_string();
@@ -1285,7 +1356,13 @@ impl Pod {
     fn watch_pod_init(self: &Arc<Self>, id: String, init: Arc<Owned>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let exit = init.wait().await.unwrap_or(Exit::Code(255));
+            let ended = init.ended().await;
+            let _busy = Busy::begin();
+            let exit = match ended {
+                Ok(()) => init.exit().await,
+                Err(error) => Err(error),
+            };
+            let exit = exit.unwrap_or(Exit::Code(255));
             let at = SystemTime::now();
             let ended = Ended { pid: init.pid(), status: exit.wire_status(), at };
             let _ = pod.with_sandbox(&id, |sandbox| {

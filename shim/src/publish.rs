@@ -76,6 +76,18 @@ impl Events {
         }
     }
 
+    /// Events that nobody has acknowledged yet, oldest first.
+    pub(crate) fn unacknowledged(&self) -> Vec<Vec<u8>> {
+        lock(&self.queue).iter().filter_map(|event| event.write_to_bytes().ok()).collect()
+    }
+
+    /// Puts them back in, before any other.
+    pub(crate) fn restore(&self, events: Vec<Vec<u8>>) {
+        let events = events.iter().filter_map(|bytes| Envelope::parse_from_bytes(bytes).ok());
+        lock(&self.queue).extend(events);
+        self.more.notify_one();
+    }
+
     /// Waits until all events are acknowledged, at most `deadline`.
     pub(crate) async fn flush(&self, deadline: Duration) {
         let _ = tokio::time::timeout(deadline, async {

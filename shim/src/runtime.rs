@@ -20,6 +20,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
 
 use crate::{
     bundle::Exit,
@@ -89,6 +90,8 @@ pub(crate) enum Reason {
     /// A limit that the kernel does not take, or has no file for: a CPU that is not there, less
     /// memory than is in use.
     Limit,
+    /// There is no space for what it writes.
+    NoSpace,
     /// The container is not frozen.
     NotPaused,
     /// The verb or a flag is unknown to it, or the kernel lacks what it needs.
@@ -104,6 +107,8 @@ pub(crate) enum Error {
     Spawn { binary: PathBuf, source: io::Error },
     #[error("{binary} {verb}: not done within {deadline:?}; it was killed")]
     Deadline { binary: String, verb: &'static str, deadline: Duration },
+    #[error("{binary} {verb}: given up, as the container is to run on")]
+    GivenUp { binary: String, verb: &'static str },
     #[error("{binary} {verb}: {message}")]
     Refused { binary: String, verb: &'static str, reason: Reason, message: String },
     #[error("{binary} {verb}")]
@@ -162,7 +167,7 @@ pub(crate) struct Checkpoint {
 type Called<T> = Result<T, Error>;
 
 impl Runtime {
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         self.binary.file_name().unwrap_or(self.binary.as_os_str()).to_string_lossy().into_owned()
     }
 
@@ -326,11 +331,15 @@ impl Runtime {
         })
     }
 
+    /// Writes the images of a container's processes: all of its memory, so it has a deadline of its
+    /// own.
     pub(crate) async fn checkpoint(
         &self,
         reaper: &Arc<Reaper>,
         id: &str,
         how: &Checkpoint,
+        deadline: Duration,
+        give_up: &Notify,
     ) -> Called<()> {
         let mut call = self.call("checkpoint");
         call.arg("--image-path").arg(&how.images);
@@ -351,11 +360,22 @@ impl Runtime {
         for namespace in &how.empty_namespaces {
             call.arg("--empty-ns").arg(namespace);
         }
+        call.deadline = deadline;
+        call.give_up = Some(give_up);
         call.arg(id).run(reaper).await.map(drop)
     }
 
     fn call(&self, verb: &'static str) -> Call<'_> {
-        Call { runtime: self, verb, arguments: Vec::new(), streams: None, globals: true }
+        let deadline = self.deadline();
+        Call {
+            runtime: self,
+            verb,
+            arguments: Vec::new(),
+            streams: None,
+            globals: true,
+            deadline,
+            give_up: None,
+        }
     }
 }
 
@@ -368,6 +388,9 @@ struct Call<'a> {
     streams: Option<Streams>,
     /// Whether the global flags are put before the verb.
     globals: bool,
+    deadline: Duration,
+    /// Ends it before.
+    give_up: Option<&'a Notify>,
 }
 
 impl Call<'_> {
@@ -421,14 +444,29 @@ impl Call<'_> {
         // What belongs to the container must not stay open here.
         drop(command);
 
-        let deadline = runtime.deadline();
-        let exit = match tokio::time::timeout(deadline, child.wait()).await {
-            Ok(exit) => exit.map_err(io)?,
-            Err(_) => {
+        let deadline = self.deadline;
+        let give_up = async {
+            match self.give_up {
+                Some(give_up) => give_up.notified().await,
+                None => std::future::pending().await,
+            }
+        };
+        let exit = tokio::select! {
+            // What has ended is not given up.
+            biased;
+            exit = child.wait() => Ok(exit.map_err(io)?),
+            () = tokio::time::sleep(deadline) => {
+                Err(Error::Deadline { binary: binary.clone(), verb, deadline })
+            }
+            () = give_up => Err(Error::GivenUp { binary: binary.clone(), verb }),
+        };
+        let exit = match exit {
+            Ok(exit) => exit,
+            Err(error) => {
                 kill_group(child.pid());
                 // SIGKILL is certain but for uninterruptible sleep; then the sweep gets it.
                 let _ = tokio::time::timeout(Duration::from_secs(1), child.wait()).await;
-                return Err(Error::Deadline { binary, verb, deadline });
+                return Err(error);
             }
         };
         if exit == Exit::Code(0) {
@@ -451,7 +489,7 @@ fn kill_group(pid: u32) {
 
 /// An anonymous file in memory.
 #[expect(unsafe_code, reason = "memfd_create(2)")]
-fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
+pub(crate) fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
     // SAFETY: the name is a C string; the descriptor is new and nobody else's.
     unsafe {
         let fd = check(libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC))?;
@@ -515,7 +553,9 @@ fn reason(message: &str) -> Reason {
     let has = |part: &str| text.contains(part);
     // In runc's words the program's own error follows `exec: "program"`.
     let program = has("exec: \"") || has("executable file ");
-    if has("exec.fifo") {
+    if has("no space left on device") || has("disk quota exceeded") {
+        Reason::NoSpace
+    } else if has("exec.fifo") {
         // crun's start of what has been started.
         Reason::NotRunning
     } else if has("container does not exist")
@@ -618,6 +658,10 @@ mod tests {
             (r"No help topic for 'nosuchverb'\n", Reason::Unsupported),
             ("flag provided but not defined: -nosuchflag", Reason::Unsupported),
             ("runc create failed: unexpected EOF", Reason::Other),
+            (
+                "runc create failed: write /run/r/c1/.state-1: no space left on device",
+                Reason::NoSpace,
+            ),
         ] {
             let line =
                 format!(r#"{{"level":"error","msg":"{msg}","time":"2026-11-24T08:59:39Z"}}"#);

@@ -35,7 +35,10 @@ use holdfast_protos::shim::{
 };
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
-    net::{UnixListener, UnixStream},
+    net::{
+        UnixListener, UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
 };
 
 use crate::{
@@ -43,8 +46,10 @@ use crate::{
     cgroup::{self, Version},
     control::{self, Attach, Kind, Request},
     fds,
+    handover::{self, AttachedClient, Busy},
     options::{POD_OPTIONS, PodOptions},
     pod::{Create, Error, Pod, Stage, Uris},
+    process::lock,
     runtime::{Checkpoint, Reason, Runtime},
     stdio::{self, Next},
 };
@@ -93,6 +98,7 @@ fn code(error: &Error) -> Code {
                 Code::INVALID_ARGUMENT
             }
             Reason::Unsupported => Code::UNIMPLEMENTED,
+            Reason::NoSpace => Code::RESOURCE_EXHAUSTED,
             Reason::Other => Code::UNKNOWN,
         },
         Error::Namespaces(crate::namespaces::Error::Invalid(_)) => Code::INVALID_ARGUMENT,
@@ -121,11 +127,15 @@ fn status(code: Code, message: impl Into<String>) -> ttrpc::Error {
 
 type Answer<T> = ttrpc::Result<T>;
 
-/// Runs `work` to its end, whether or not the caller stays.
+/// Runs `work` to its end, whether or not the caller stays, and not into an upgrade of the shim.
 async fn detached<T: Send + 'static>(
     work: impl Future<Output = Result<T, Error>> + Send + 'static,
 ) -> Answer<T> {
-    match tokio::spawn(work).await {
+    let call = async {
+        let _call = handover::CALLS.read().await;
+        work.await
+    };
+    match tokio::spawn(call).await {
         Ok(done) => done.map_err(Into::into),
         Err(error) => Err(status(Code::INTERNAL, error.to_string())),
     }
@@ -342,8 +352,15 @@ impl Task for Services {
         Ok(Empty::new())
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, r: api::CheckpointTaskRequest) -> Answer<Empty> {
+    async fn checkpoint(
+        &self,
+        context: &TtrpcContext,
+        r: api::CheckpointTaskRequest,
+    ) -> Answer<Empty> {
         let pod = self.0.clone();
+        // A tenth of the caller's patience is for ending what is not done by then, and for saying so.
+        let within = u64::try_from(context.timeout_nano).ok().filter(|nanos| *nanos > 0);
+        let within = within.map(|nanos| Duration::from_nanos(nanos - nanos / 10));
         let mut how =
             Checkpoint { images: r.path.into(), leave_running: true, ..Checkpoint::default() };
         if let Some(any) = r.options.as_ref().filter(|any| !any.value.is_empty()) {
@@ -364,7 +381,7 @@ impl Task for Services {
                 empty_namespaces: options.empty_namespaces,
             };
         }
-        detached(async move { pod.checkpoint(&r.id, how).await }).await?;
+        detached(async move { pod.checkpoint(&r.id, how, within).await }).await?;
         Ok(Empty::new())
     }
 
@@ -831,6 +848,19 @@ async fn control_client(stream: UnixStream, pod: &Arc<Pod>) -> io::Result<()> {
             };
             return stream.write_all(answer.as_bytes()).await;
         }
+        Some(Request::Upgrade(binary)) => {
+            let stream: &UnixStream = write.as_ref();
+            let asker = stream.as_raw_fd();
+            let upgraded = match pod.origin.get() {
+                Some(origin) => handover::upgrade(pod, origin, binary, asker).await,
+                None => Err(Error::Unsupported("this shim was not started to be upgraded".into())),
+            };
+            match upgraded {
+                Ok(never) => match never {},
+                Err(error @ Error::Unsupported(_)) => refuse("unsupported", error.to_string()),
+                Err(error) => refuse("precondition", error.to_string()),
+            }
+        }
         Some(Request::Relay(relay)) => match pod.relays.begin(relay).await {
             Ok(()) => {
                 pod.changed();
@@ -839,6 +869,7 @@ async fn control_client(stream: UnixStream, pod: &Arc<Pod>) -> io::Result<()> {
             Err(error) => refuse("other", error.to_string()),
         },
         Some(Request::Settle(id)) => {
+            let _call = handover::CALLS.read().await;
             pod.relays.settle(id).await;
             pod.changed();
             "ok\n".into()
@@ -854,7 +885,10 @@ async fn control_client(stream: UnixStream, pod: &Arc<Pod>) -> io::Result<()> {
         Some(Request::Attach(id, streams)) => match attach(pod, id, *streams) {
             Ok(attached) => {
                 write.write_all(b"ok\n").await?;
-                return attached.run(read, write).await;
+                // Frames that came with the request.
+                let early = io::Cursor::new(read.buffer().to_vec());
+                let asked = (id.clone(), *streams);
+                return attached.run(early, asked, read.into_inner(), write).await;
             }
             Err(error @ Error::NotFound(_)) => refuse("not found", error.to_string()),
             Err(error) => refuse("precondition", error.to_string()),
@@ -970,12 +1004,18 @@ fn attach(pod: &Arc<Pod>, id: &str, streams: Attach) -> Result<Attachment, Error
 impl Attachment {
     async fn run(
         self,
-        read: BufReader<tokio::net::unix::OwnedReadHalf>,
-        write: tokio::net::unix::OwnedWriteHalf,
+        early: io::Cursor<Vec<u8>>,
+        (container, streams): (String, Attach),
+        read: OwnedReadHalf,
+        write: OwnedWriteHalf,
     ) -> io::Result<()> {
         let client = self.client.clone();
+        let stream: &UnixStream = read.as_ref();
+        let known = AttachedClient { fd: stream.as_raw_fd(), container, streams };
+        lock(&self.pod.attached).insert(known.fd, (known.clone(), client.clone()));
+        let _known = Known(&self.pod, known.fd);
         let out = send(&client, write);
-        let inward = self.receive(read);
+        let inward = self.receive(early, read);
         // Whichever ends first: the container's output, or the client.
         let result = tokio::select! {
             biased;
@@ -997,17 +1037,18 @@ impl Attachment {
     }
 
     /// Takes frames until the client is gone.
-    async fn receive(
-        &self,
-        mut read: BufReader<tokio::net::unix::OwnedReadHalf>,
-    ) -> io::Result<()> {
+    async fn receive(&self, early: io::Cursor<Vec<u8>>, read: OwnedReadHalf) -> io::Result<()> {
+        let mut read = early.chain(read);
         // Asked for anew each time: CloseIO ends the input of attached clients too.
         let target =
             |open: bool| open.then(|| self.holder.with_io(|io| io.input())).flatten().flatten();
         let mut open = self.input;
         loop {
             let mut head = [0; control::HEADER];
-            read.read_exact(&mut head).await?;
+            read.read_exact(&mut head[..1]).await?;
+            // In the middle of a frame: an upgrade waits for its end.
+            let _busy = Busy::begin();
+            read.read_exact(&mut head[1..]).await?;
             let (kind, length) = control::parse_header(head).ok_or(io::ErrorKind::InvalidData)?;
             let mut payload = vec![0; length];
             read.read_exact(&mut payload).await?;
@@ -1046,6 +1087,25 @@ impl Attachment {
     }
 }
 
+/// While an attached client is known, an upgrade of the shim keeps it.
+struct Known<'a>(&'a Pod, i32);
+
+impl Drop for Known<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.attached).remove(&self.1);
+    }
+}
+
+/// Goes on with a client that was attached to the code before us.
+pub(crate) fn attach_again(stream: UnixStream, pod: &Arc<Pod>, client: &AttachedClient) {
+    let Ok(attached) = attach(pod, &client.container, client.streams) else { return };
+    let asked = (client.container.clone(), client.streams);
+    let (read, write) = stream.into_split();
+    tokio::spawn(async move {
+        let _ = attached.run(io::Cursor::default(), asked, read, write).await;
+    });
+}
+
 impl Drop for Attachment {
     fn drop(&mut self) {
         self.outputs.detach(&self.client);
@@ -1053,13 +1113,13 @@ impl Drop for Attachment {
 }
 
 /// Sends frames until the container's output ends or the client does not keep up.
-async fn send(
-    client: &stdio::Attached,
-    mut write: tokio::net::unix::OwnedWriteHalf,
-) -> io::Result<()> {
+async fn send(client: &stdio::Attached, mut write: OwnedWriteHalf) -> io::Result<()> {
     loop {
         match client.next().await {
-            Next::Bytes(bytes) => write.write_all(&bytes).await?,
+            Next::Bytes(bytes) => {
+                let _busy = Busy::begin();
+                write.write_all(&bytes).await?;
+            }
             Next::End => return Ok(()),
             Next::Overrun => return Err(io::ErrorKind::TimedOut.into()),
         }

@@ -42,6 +42,7 @@ use tokio::{
 use crate::{
     bundle::Bundle,
     control::{self, Attach, Kind},
+    handover::Busy,
     log::{Log, OUT_SIZE, Stream},
     options,
     process::{Owned, Reaper, check, lock, watch_fd},
@@ -220,6 +221,18 @@ pub(crate) struct Outputs {
 }
 
 impl Outputs {
+    /// Text after the last line feed, of both streams.
+    pub(crate) fn unfinished(&self) -> [Vec<u8>; 2] {
+        lock(&self.log).as_ref().map(Log::unfinished).unwrap_or_default()
+    }
+
+    /// Goes on with it.
+    pub(crate) fn set_unfinished(&self, unfinished: [Vec<u8>; 2]) {
+        if let Some(log) = lock(&self.log).as_mut() {
+            log.set_unfinished(unfinished);
+        }
+    }
+
     fn new(log: Option<Log>, streams: usize) -> Arc<Self> {
         Arc::new(Self {
             log: Mutex::new(log),
@@ -330,6 +343,11 @@ pub(crate) enum Next {
 impl Attached {
     fn new(streams: Attach) -> Self {
         Self { streams, queue: Mutex::default(), more: Notify::new() }
+    }
+
+    /// It has not got all yet.
+    pub(crate) fn is_behind(&self) -> bool {
+        !lock(&self.queue).bytes.is_empty()
     }
 
     /// Queues a frame; `false`: the client is to be dropped.
@@ -580,6 +598,11 @@ impl Io {
             }
         }
         Ok(())
+    }
+
+    /// It has nothing that a shim after this one could not have.
+    pub(crate) fn can_be_handed_over(&self) -> bool {
+        self.logger.is_none() && !matches!(self.terminal, Some(Terminal::Wanted { .. }))
     }
 
     /// What the runtime is to be given.
@@ -895,9 +918,17 @@ async fn pump(reader: Arc<AsyncFd<OwnedFd>>, outputs: Arc<Outputs>, stream: Stre
 
 /// Copies bytes until either end is gone; without a target they are dropped.
 async fn copy(from: Arc<AsyncFd<OwnedFd>>, to: Option<Arc<AsyncFd<OwnedFd>>>) {
-    let mut buffer = vec![0; 16 * 1024];
+    // As much as a pipe takes at once that has room at all (pipe(7)): so bytes are seldom in our hands
+    // for longer than it takes to pass them on.
+    let mut buffer = vec![0; libc::PIPE_BUF];
     loop {
+        if let Some(to) = &to
+            && to.ready(Interest::WRITABLE).await.map(|mut guard| guard.retain_ready()).is_err()
+        {
+            return;
+        }
         let Ok(mut guard) = from.ready(Interest::READABLE).await else { return };
+        let _busy = Busy::begin();
         let count = match read_fd(from.get_ref(), &mut buffer) {
             Ok(0) => return,
             Ok(count) => count,

@@ -24,6 +24,7 @@ Pods and containers:
   exec          Run a command in a container
   attach        Join a container that runs
   port-forward  Forward ports of this node to a pod
+  checkpoint    Write a container's state to an archive
   stop          Stop containers or pods
   rm            Remove containers or pods
   stats         Show what containers use
@@ -40,6 +41,7 @@ About:
   config        Look at what the daemon's configuration makes of something
   info          Show what the daemon can do and whether it is ready
   version       Print the versions of holdfast and holdfastd
+  upgrade       Bring what runs to a new release
   completion    Print a completion script for a shell
   help          Print the help of a command
 
@@ -110,6 +112,8 @@ pub(super) enum Command {
     Attach(Attach),
     /// Forward ports of this node to a pod
     PortForward(PortForward),
+    /// Write a container's state to an archive
+    Checkpoint(Checkpoint),
     /// Stop containers or pods
     Stop(Stop),
     /// Remove containers or pods
@@ -132,6 +136,9 @@ pub(super) enum Command {
     /// Look at what the daemon's configuration makes of something
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Bring what runs to a new release
+    #[command(subcommand)]
+    Upgrade(UpgradeCommand),
     /// Show what the daemon can do and whether it is ready
     Info(Show),
     /// Print the versions of holdfast and holdfastd
@@ -142,6 +149,26 @@ pub(super) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum UpgradeCommand {
+    /// Replace the code of running shims; their pods go on
+    #[command(
+        after_help = "A shim that cannot take the new code goes on with what it has, and the \
+                            command ends with 1."
+    )]
+    Shims(UpgradeShims),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct UpgradeShims {
+    /// The new shim on the node [default: the one of the daemon's configuration]
+    #[arg(long, value_name = "PATH")]
+    pub(super) binary: Option<std::path::PathBuf>,
+    /// Also shims that run that very file already
+    #[arg(long)]
+    pub(super) force: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -428,6 +455,22 @@ pub(super) enum Shown {
     Text,
     Json,
     Yaml,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The container runs on. It needs criu on this node. `holdfast run ARCHIVE` makes a container of it again. With \
+--timeout it is given up when the time is up.")]
+pub(super) struct Checkpoint {
+    /// All containers of a pod, to a directory
+    #[arg(long)]
+    pub(super) pod: bool,
+    /// Where to: a file of this node; with --pod a directory
+    #[arg(long, short, value_name = "PATH")]
+    pub(super) export: PathBuf,
+    /// A container, or a pod that has only one; with --pod a pod
+    #[arg(value_name = "NAME")]
+    pub(super) name: String,
 }
 
 #[derive(Debug, clap::Args)]

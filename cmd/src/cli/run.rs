@@ -9,14 +9,14 @@ use std::{
     process,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use holdfast_protos::cri;
 use holdfast_streaming::client::Session;
 
 use super::{
     Client, Hint,
     args::{Net, PullPolicy, Registry, Run},
-    attach,
+    attach, checkpoint,
     exec::exit_code,
     find,
     image::{self, Credentials},
@@ -298,6 +298,11 @@ async fn undo_after(
 }
 
 async fn ensure_image(client: &mut Client, args: &Run) -> Result<String> {
+    if let Some(archive) = checkpoint::archive(&args.image) {
+        let there = archive.is_file();
+        ensure!(there, "{}: there is no such archive of a checkpoint", archive.display());
+        return Ok(archive.to_string_lossy().into_owned());
+    }
     let wanted = match args.pull {
         PullPolicy::Always => true,
         PullPolicy::Missing => !image::exists(client, &args.image).await?,

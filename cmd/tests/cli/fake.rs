@@ -518,6 +518,29 @@ impl Admin for Fake {
         Ok(Response::new(Box::pin(tokio_stream::iter(steps.map(Ok)))))
     }
 
+    async fn upgrade_shims(
+        &self,
+        request: Request<admin::UpgradeShimsRequest>,
+    ) -> Result<Response<admin::UpgradeShimsResponse>, Status> {
+        use admin::upgraded_shim::Outcome;
+        let request = request.into_inner();
+        let shim = |name: &str, outcome: Outcome, error: &str| admin::UpgradedShim {
+            pod_id: "ab".repeat(32),
+            pod_namespace: "default".into(),
+            pod_name: name.into(),
+            outcome: outcome as i32,
+            error: error.into(),
+        };
+        let mut shims = vec![shim("web", Outcome::Upgraded, "")];
+        if !request.force {
+            shims.push(shim("db", Outcome::Current, ""));
+        }
+        if request.binary == "/bad" {
+            shims.push(shim("old", Outcome::Kept, "it is busy"));
+        }
+        Ok(Response::new(admin::UpgradeShimsResponse { shims }))
+    }
+
     async fn import_image(
         &self,
         request: Request<Streaming<admin::ImportImageRequest>>,

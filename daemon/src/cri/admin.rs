@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Answer, Service};
 use crate::{
-    error::status as to_status,
+    error::{chain, status as to_status},
     image::{Auth, Caller, Error, Hold, Image, Phase, Progress},
 };
 
@@ -148,6 +148,31 @@ impl Admin for Service {
         };
         let steps = futures::stream::unfold(pull, Watched::next);
         Ok(Response::new(Box::pin(steps)))
+    }
+
+    async fn upgrade_shims(
+        &self,
+        request: Request<admin::UpgradeShimsRequest>,
+    ) -> Answer<admin::UpgradeShimsResponse> {
+        let request = request.into_inner();
+        let asked = (!request.binary.is_empty()).then(|| request.binary.clone().into());
+        let upgraded = self.pods.upgrade_shims(asked, request.force).await;
+        let shims = upgraded.map_err(|e| to_status(&e))?.into_iter().map(|upgrade| {
+            use admin::upgraded_shim::Outcome;
+            let (outcome, error) = match upgrade.outcome {
+                Ok(true) => (Outcome::Upgraded, String::new()),
+                Ok(false) => (Outcome::Current, String::new()),
+                Err(error) => (Outcome::Kept, chain(&*error)),
+            };
+            admin::UpgradedShim {
+                pod_id: upgrade.id.to_string(),
+                pod_namespace: upgrade.namespace,
+                pod_name: upgrade.name,
+                outcome: outcome as i32,
+                error,
+            }
+        });
+        Ok(Response::new(admin::UpgradeShimsResponse { shims: shims.collect() }))
     }
 
     async fn import_image(

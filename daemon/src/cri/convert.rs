@@ -102,9 +102,9 @@ pub(super) fn pod_config(config: cri::PodSandboxConfig) -> Result<PodConfig> {
         }
     };
     let user = user_namespace(options.userns_options)?;
-    if user.is_some() && (host(options.network) || host(options.ipc) || pid == PidMode::Node) {
+    if user.is_some() && (host(options.ipc) || pid == PidMode::Node) {
         return Err(Status::failed_precondition(
-            "a pod with a user namespace of its own cannot share the node's network, IPC or PID namespace on this node",
+            "a pod with a user namespace of its own cannot share the node's IPC or PID namespace: its processes would have no rights there",
         ));
     }
     for (key, value) in &linux.sysctls {
@@ -334,6 +334,11 @@ pub(super) fn container_config(config: cri::ContainerConfig) -> Result<Container
     Ok(ContainerConfig {
         name: name("config.metadata.name", metadata.name)?,
         attempt: metadata.attempt,
+        // No reference of an image begins so: it is the archive of a checkpoint.
+        checkpoint: match image.image.starts_with('/') {
+            true => image.image.clone().into(),
+            false => PathBuf::new(),
+        },
         image: image.image,
         user_specified_image: image.user_specified_image,
         image_annotations: image.annotations.into_iter().collect(),
@@ -583,7 +588,11 @@ pub(super) fn container_metadata(config: &ContainerConfig) -> cri::ContainerMeta
 
 fn image_spec(record: &ContainerRecord) -> cri::ImageSpec {
     cri::ImageSpec {
-        image: record.config.image.clone(),
+        image: match record.config.image.starts_with('/') {
+            // Made from the archive of a checkpoint: its image is the one below that.
+            true => record.image_ref.clone(),
+            false => record.config.image.clone(),
+        },
         annotations: record.config.image_annotations.clone().into_iter().collect(),
         user_specified_image: record.config.user_specified_image.clone(),
         ..Default::default()

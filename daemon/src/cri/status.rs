@@ -49,6 +49,9 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
     if let Some(path) = runtime.handlers.get(&runtime.default) {
         runtime_handlers.push(handler("", path));
     }
+    let user_namespaces_host_network = runtime_handlers
+        .iter()
+        .any(|handler| handler.features.is_some_and(|features| features.user_namespaces));
     let info = match verbose {
         false => HashMap::new(),
         true => HashMap::from([
@@ -65,7 +68,8 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
         runtime_handlers,
         features: Some(cri::RuntimeFeatures {
             supplemental_groups_policy: true,
-            user_namespaces_host_network: false,
+            // Nothing more is needed for it: /sys of the node is bound, as it cannot be mounted.
+            user_namespaces_host_network,
             mount_options: true,
         }),
     }

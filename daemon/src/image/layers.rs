@@ -17,7 +17,7 @@
 //! [`Layer::archive`] gives a layer's archive again, byte for byte ([`super::recipe`]).
 //!
 //! A layer whose archive lists each directory it uses is good on any layers below it. One that
-//! implies directories ([`super::unpack`]) is fitted to the layers below ([`super::fit`]), and kept for
+//! implies directories ([`super::unpack`]) is fitted to the layers below (`fit`), and kept for
 //! that chain only.
 
 use std::{

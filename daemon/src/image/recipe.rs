@@ -92,7 +92,7 @@ pub enum Place {
     Kept(u64),
 }
 
-/// Writes a recipe while its layer is unpacked. What goes wrong is told by [`Recorder::finish`].
+/// Writes a recipe while its layer is unpacked. What goes wrong is told by `finish`.
 pub struct Recorder {
     out: zstd::stream::write::Encoder<'static, BufWriter<File>>,
     kept: Kept,

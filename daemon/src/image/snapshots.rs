@@ -121,8 +121,8 @@ impl AsFd for Owners {
 /// An image as a volume of a container.
 #[derive(Clone, Debug)]
 pub struct ImageVolume {
-    dirs: Dirs,
-    layers: Vec<Arc<Layer>>,
+    pub(super) dirs: Dirs,
+    pub(super) layers: Vec<Arc<Layer>>,
 }
 
 impl ImageVolume {
@@ -183,11 +183,11 @@ fn mount_error(layers: &Path, owners: Option<&Owners>, source: io::Error) -> Err
 #[derive(Clone, Debug)]
 pub struct Snapshot {
     image: Digest,
-    dirs: Dirs,
-    upper: PathBuf,
+    pub(super) dirs: Dirs,
+    pub(super) upper: PathBuf,
     work: PathBuf,
     /// From the bottom. Holding them keeps them on disk. `None`: somebody else removed one.
-    layers: Option<Arc<[Arc<Layer>]>>,
+    pub(super) layers: Option<Arc<[Arc<Layer>]>>,
 }
 
 impl Snapshots {
@@ -207,6 +207,11 @@ impl Snapshots {
         self.store.add_image_volume(id, mount, image, numbers).await?;
         self.restore_volume(id.clone(), image.clone(), layers.clone());
         Ok(ImageVolume { dirs: self.dirs.clone(), layers })
+    }
+
+    /// Layers without a record: for a look.
+    pub(super) fn view(&self, layers: Vec<Arc<Layer>>) -> ImageVolume {
+        ImageVolume { dirs: self.dirs.clone(), layers }
     }
 
     /// A volume that a record names.

@@ -1,6 +1,7 @@
 //! Pulling, keeping and mounting, against registries on loopback. Needs root.
 
 use std::{
+    io,
     os::unix::fs::MetadataExt,
     path::Path,
     process::{Child, Command, Stdio},
@@ -21,7 +22,7 @@ use super::{
     },
     *,
 };
-use crate::error::chain;
+use crate::{error::chain, pod::config::IdMapping};
 
 /// An image store in a directory of its own.
 pub(super) struct Node {
@@ -252,6 +253,88 @@ async fn a_container_sees(format: config::LayerFormat) {
     node.images.remove_snapshot(&id).await.unwrap();
     assert!(node.images.snapshot(&id).is_none());
     assert!(!node.dir.path().join("images/snapshots").join(&id).exists());
+}
+
+#[tokio::test]
+async fn what_a_container_changed_is_put_into_another() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let registry = FakeRegistry::start().await;
+    let tar = Tar::new().dir("etc").file("etc/gone", "x").file("etc/kept", "k").dir("made-anew");
+    let tar = tar.file("made-anew/old", "o").file("made-anew/both", "old").dir("gone-too");
+    registry.put("a", "1", &TestImage::new(&[tar.file("gone-too/x", "x").end()]));
+    let node = Node::new().await;
+    let image = node.pull(&registry.reference("a:1")).await.unwrap();
+    let [from, to] = [ContainerId::random(), ContainerId::random()];
+    let attached = |name: &str, mounted: Mounted| {
+        let target = node.dir.path().join(name);
+        std::fs::create_dir(&target).unwrap();
+        mounted.attach(&target).unwrap();
+        target
+    };
+
+    let snapshot = node.images.create_snapshot(&from, &image).await.unwrap();
+    let root = attached("from", snapshot.mount(false).unwrap());
+    std::fs::remove_file(root.join("etc/gone")).unwrap();
+    std::fs::remove_dir_all(root.join("gone-too")).unwrap();
+    std::fs::remove_dir_all(root.join("made-anew")).unwrap();
+    std::fs::create_dir(root.join("made-anew")).unwrap();
+    std::fs::write(root.join("made-anew/both"), "new").unwrap();
+    let deep = root.join("n".repeat(200)).join("m".repeat(200));
+    std::fs::create_dir_all(&deep).unwrap();
+    let file = deep.join("l".repeat(150));
+    std::fs::write(&file, vec![7; 100_000]).unwrap();
+    std::os::unix::fs::chown(&file, Some(3_000_000), Some(7)).unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o4755)).unwrap();
+    rustix::fs::setxattr(&file, "user.binary", b"a\0=\n", rustix::fs::XattrFlags::empty()).unwrap();
+    std::fs::hard_link(&file, root.join("etc/same")).unwrap();
+    symlink("l".repeat(300), root.join("etc/link")).unwrap();
+    std::fs::set_permissions(root.join("etc"), std::fs::Permissions::from_mode(0o711)).unwrap();
+
+    let mut changes = Vec::new();
+    let ids = diff::Ids::default();
+    let mut deleted = snapshot.write_changes(&mut changes, &ids, &|| Ok(())).unwrap();
+    deleted.sort();
+    let paths = ["/etc/gone", "/gone-too", "/made-anew/old"];
+    assert_eq!(deleted, paths.map(std::path::PathBuf::from));
+    // In the ids of a user namespace.
+    let range = |host_id| vec![IdMapping { host_id, container_id: 1000, length: 10 }];
+    let ids = diff::Ids { uids: range(2_999_999), gids: range(0) };
+    let mut mapped = Vec::new();
+    snapshot.write_changes(&mut mapped, &ids, &|| Ok(())).unwrap();
+    let mut archive = super::tar::Archive::new(&mapped[..]);
+    let mut owners = Vec::new();
+    while let Some(entry) = archive.entry().unwrap() {
+        if entry.size == 100_000 {
+            owners.push((entry.uid, entry.gid));
+        }
+    }
+    assert_eq!(owners, [(1001, 1007)]);
+    // It ends when it is told to.
+    let late = || Err(io::Error::new(io::ErrorKind::TimedOut, "late"));
+    let error = snapshot.write_changes(io::sink(), &ids, &late).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+
+    for changes in [changes.clone(), gzip(&changes)] {
+        let snapshot = node.images.create_snapshot(&to, &image).await.unwrap();
+        snapshot.apply_changes(&to, &changes[..]).unwrap();
+        let mounted = snapshot.mount(false).unwrap();
+        diff::remove_deleted(&mounted, &deleted).unwrap();
+        let copy = attached("to", mounted);
+        assert_eq!(listing(&copy), listing(&root));
+        let copied = copy.join(file.strip_prefix(&root).unwrap());
+        let mut value = [0; 16];
+        let length = rustix::fs::getxattr(&copied, "user.binary", &mut value).unwrap();
+        assert_eq!(&value[..length], b"a\0=\n");
+        let same = copy.join("etc/same").metadata().unwrap().ino();
+        assert_eq!(copied.metadata().unwrap().ino(), same);
+        rustix::mount::unmount(&copy, rustix::mount::UnmountFlags::empty()).unwrap();
+        std::fs::remove_dir(&copy).unwrap();
+        node.images.remove_snapshot(&to).await.unwrap();
+    }
+    rustix::mount::unmount(&root, rustix::mount::UnmountFlags::empty()).unwrap();
+    // What is no archive is an error, and not an empty change.
+    let snapshot = node.images.create_snapshot(&to, &image).await.unwrap();
+    snapshot.apply_changes(&to, &b"no archive at all, although it is long enough"[..]).unwrap_err();
 }
 
 #[tokio::test]

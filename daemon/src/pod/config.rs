@@ -168,6 +168,8 @@ pub struct ContainerConfig {
     pub user_specified_image: String,
     /// Annotations of the image spec.
     pub image_annotations: Map,
+    /// The archive of a checkpoint that it is made from; empty: it is made from the image.
+    pub checkpoint: PathBuf,
     /// Replaces the image's entrypoint.
     pub command: Vec<String>,
     /// Replaces the image's cmd.

@@ -23,8 +23,9 @@ use super::{
     extras, foreign, io_at, leftover,
     nri::{self, Change as Limits},
     readback, recover,
+    restore::{self, Restore},
     run::{remove_dir, unmount},
-    state::{Change, ContainerState},
+    state::{Change, ContainerState, Exit},
     task::Effect,
     volumes,
 };
@@ -55,9 +56,15 @@ pub(super) async fn create(
     mut config: ContainerConfig,
 ) -> Result<Effect, Error> {
     let view = pod.view();
-    let image = services.images.find(&config.image);
-    let image = image.ok_or_else(|| Error::NoImage(config.image.clone()))?;
     let volumes = volumes::find(&services, &mut config)?;
+    let restore = restore::prepare(&services, &view, &id, &config).await?;
+    let image = match &restore {
+        Some(restore) => restore.base.clone(),
+        None => {
+            let image = services.images.find(&config.image);
+            image.ok_or_else(|| Error::NoImage(config.image.clone()))?
+        }
+    };
     let stop_signal = spec::args::stop_signal(&config, &image.defaults);
     let log = match config.log_path.as_os_str().is_empty() {
         true => PathBuf::new(),
@@ -80,7 +87,7 @@ pub(super) async fn create(
     services.store.put_container(&record).await?;
     crash::point("daemon.create.intent-recorded");
     let client = pod.client().await?;
-    let made = make(&services, &view, &client, &mut record, &image, &volumes).await;
+    let made = make(&services, &view, &client, &mut record, &image, &volumes, restore).await;
     // The pod may have been stopped while the runtime was at work.
     let made = match made {
         Ok(_) if pod.view().record.state != super::state::PodState::Ready => {
@@ -184,7 +191,8 @@ async fn make(
     record: &mut ContainerRecord,
     image: &Image,
     volumes: &[volumes::Asked],
-) -> Result<u32, Error> {
+    restore: Option<Restore>,
+) -> Result<Option<u32>, Error> {
     let name = record.config.name.clone();
     let command = spec::args::arguments(&record.config, &record.image).unwrap_or_default();
     let command = command.into_iter().next().unwrap_or_default();
@@ -199,9 +207,10 @@ async fn make(
     let (shared, pod, draft) = (services.clone(), view.record.clone(), record.clone());
     let image = image.clone();
     let at = bundle.clone();
+    let checkpoint = restore.as_ref().map(|restore| (restore.images(), restore.work()));
     // Mounts, look-ups in the image and small writes: all of it may sleep in the kernel.
     let prepared = tokio::task::spawn_blocking(move || {
-        prepare(&shared, &pod, draft, &image, &snapshot, &held, &namespaces, &at)
+        prepare(&shared, &pod, draft, &image, &snapshot, &held, &namespaces, &at, restore)
     })
     .await
     .unwrap_or(Err(Error::Panicked))?;
@@ -216,7 +225,7 @@ async fn make(
 
     if let Some(handler) = &view.record.foreign {
         let created = foreign::create(services, &view.record, handler, record, &bundle).await;
-        return created.map_err(|source| Error::Create { name, command, source });
+        return created.map(Some).map_err(|source| Error::Create { name, command, source });
     }
     let log = match record.log.as_os_str().is_empty() {
         // No file; attach works all the same.
@@ -236,13 +245,21 @@ async fn make(
         stdout: log.clone(),
         stderr: if config.tty { String::new() } else { log },
         rootfs: Vec::new(),
-        options: Some(services.shims.runtime_options(&runtime)),
-        checkpoint: String::new(),
+        options: Some(match &checkpoint {
+            Some((_, work)) => services.shims.restore_options(&runtime, work),
+            None => services.shims.runtime_options(&runtime),
+        }),
+        checkpoint: match &checkpoint {
+            Some((images, _)) => images.display().to_string(),
+            None => String::new(),
+        },
     };
     // The runtimes look for the command here already; not all of them name it.
     let created = client.create(task).await;
     crash::point("daemon.create.task-created");
-    created.map_err(|source| Error::Create { name, command, source })
+    let pid = created.map_err(|source| Error::Create { name, command, source })?;
+    // One that will be restored has no process before that.
+    Ok((pid != 0).then_some(pid))
 }
 
 /// A container but for its bundle.
@@ -264,6 +281,7 @@ fn prepare(
     held: &[volumes::Held],
     namespaces: &NamespacePaths,
     bundle: &Bundle,
+    restore: Option<Restore>,
 ) -> Result<Prepared, Error> {
     let name = &record.config.name;
     let image_error = |source| Error::Image { name: name.clone(), source };
@@ -281,7 +299,13 @@ fn prepare(
         _ => None,
     };
     let owners = owners.as_ref();
+    if let Some(restore) = &restore {
+        restore.fill(&record.id, snapshot)?;
+    }
     let mounted = snapshot.mount_for(false, owners).map_err(image_error)?;
+    if let Some(restore) = &restore {
+        restore.prune(&mounted)?;
+    }
     let account = |path: &str| {
         let read = mounted.read(path, ACCOUNTS_LIMIT);
         read.map(Option::unwrap_or_default).map_err(io_at("read the image's", Path::new(path)))
@@ -346,6 +370,15 @@ fn prepare(
     let mut spec = spec::generate(&input).map_err(spec_error)?;
     extras::amend(services, pod, &record.config, &facts, &mut spec)?;
     foreign::apart(pod, &mut spec);
+    // Ours, whatever the request says: criu would do what the file says, as root of the node.
+    let criu_config = (options::CRIU_CONFIG.to_owned(), bundle.criu_config().display().to_string());
+    spec.annotations_mut().get_or_insert_default().extend([criu_config]);
+    if let Some(restore) = &restore {
+        restore.fits(name, &spec)?;
+        if let Some(shm) = &files.shm {
+            restore.fill_shm(shm)?;
+        }
+    }
     Ok(Prepared { user, spec, mounted, made_dirs })
 }
 
@@ -440,28 +473,37 @@ pub(super) async fn start(
     id: ContainerId,
 ) -> Result<Effect, Error> {
     let mut client = foreign::tasks(&services, &pod, &id).await?;
+    let restored = restore::waits(&services, &id);
     nri::start(&services, &pod, &id).await?;
     // Taken before, so that it cannot be later than an exit the shim saw.
     let at = SystemTime::now();
-    loop {
-        match client.start(id.as_str(), "").await {
-            Ok(_) => break,
-            // A daemon that was killed, or a shim that died, had it started and could not say so.
-            Err(error) if error.kind() == ErrorKind::Precondition && runs(&client, &id).await => {
-                break;
-            }
-            Err(error) if error.kind() == ErrorKind::Closed => {
-                client = pod.client_after(&client).await?;
-            }
-            Err(source) => return Err(Error::Task { what: "start", id, source }),
+    let pid = loop {
+        let source = match client.start(id.as_str(), "").await {
+            Ok(pid) => break pid,
+            Err(source) => source,
+        };
+        if source.kind() == ErrorKind::Closed {
+            client = pod.client_after(&client).await?;
+            continue;
         }
+        match runs(&client, &id).await {
+            // A daemon that was killed, or a shim that died, had it started and could not say so.
+            Some(pid) if source.kind() == ErrorKind::Precondition => break pid,
+            _ if restored => return Err(restore::failed(&services, id, source)),
+            _ => return Err(Error::Task { what: "start", id, source }),
+        }
+    };
+    if restored && let Err(error) = restore::forget(&services, &id).await {
+        warn!(container = id.short(), error = %chain(&error), "its checkpoint is left on disk");
     }
     crash::point("daemon.start.task-started");
-    Ok(Effect::Started { id, at })
+    Ok(Effect::Started { id, at, pid })
 }
 
-async fn runs(client: &Client, id: &ContainerId) -> bool {
-    client.state(id.as_str(), "").await.is_ok_and(|state| state.status == TaskStatus::Running)
+/// Its pid, if it runs.
+async fn runs(client: &Client, id: &ContainerId) -> Option<u32> {
+    let state = client.state(id.as_str(), "").await.ok()?;
+    (state.status == TaskStatus::Running).then_some(state.pid)
 }
 
 /// The exit code of a container whose start was refused: as a shell has it for what the runtime
@@ -497,6 +539,15 @@ pub(super) async fn stop(
             return if ended { Ok(()) } else { Err(error) };
         }
     };
+    let created = matches!(container.record.state, ContainerState::Created { pid: None });
+    if created && restore::waits(services, &id) {
+        // It was to be restored: there is no process whose end anybody would tell.
+        let how = Exit::NotStarted { code: 128, message: "stopped before it was restored".into() };
+        let (taken, answer) = tokio::sync::oneshot::channel();
+        let command = super::task::Command::Exited { id, at: SystemTime::now(), how, taken };
+        pod.commands.send(command).await.map_err(|_| Error::Closed)?;
+        return answer.await.map_err(|_| Error::Closed);
+    }
     let runs = matches!(container.record.state, ContainerState::Running { .. });
     if runs && !grace.is_zero() {
         // Asked once: to some programs a second SIGTERM means "at once".
@@ -670,6 +721,7 @@ pub(super) async fn take_away(
     crash::point("daemon.remove.snapshot-gone");
     volumes::remove(services, id).await?;
     crash::point("daemon.remove.volumes-gone");
+    restore::forget(services, id).await?;
     remove_dir(services.shims.container_bundle(id).dir()).await?;
     crash::point("daemon.remove.bundle-gone");
     Ok(())

@@ -58,6 +58,7 @@ impl Pods {
     pub async fn recover(&self) -> Result<(), Error> {
         // FIFOs of execs that nobody waits for any more.
         remove_dir(&self.services.config.state.join("exec")).await?;
+        self.set_broken_off(super::checkpoint::broken_off(&self.services));
         let (pods, containers) = self.services.store.load().await?;
         crash::point("daemon.recover.records-read");
         let mut by_pod: BTreeMap<PodId, Vec<ContainerRecord>> = BTreeMap::new();
@@ -97,9 +98,25 @@ impl Pods {
         }
         let known = |id: &ContainerId| self.index().containers.contains_key(id);
         super::volumes::sweep(&self.services, known).await;
+        super::restore::sweep(&self.services, known).await;
+        self.sweep_checkpoints().await;
         let valid: Vec<PodId> = self.index().pods.keys().cloned().collect();
         if let Err(error) = self.services.network.gc(&valid).await {
             warn!(error = %chain(&error), "network leftovers stay until the next start");
+        }
+    }
+
+    /// What checkpoints that were broken off left, where there is nobody to resume: the owners of
+    /// pods that are up see to theirs.
+    async fn sweep_checkpoints(&self) {
+        let down = |pod: Option<&PodId>| {
+            let pod = pod.and_then(|pod| self.find(pod.as_str()).ok());
+            pod.is_none_or(|pod| pod.view().record.state != PodState::Ready)
+        };
+        for broken in self.take_broken_off(|broken| down(broken.pod())) {
+            if let Err(error) = broken.remove().await {
+                warn!(error = %chain(&error), "what a broken off checkpoint left stays");
+            }
         }
     }
 
@@ -313,7 +330,7 @@ async fn revive(
 #[derive(Default)]
 struct Missed {
     /// Running, and on record as created: the daemon that had them started was killed before it knew.
-    started: Vec<ContainerId>,
+    started: Vec<(ContainerId, u32)>,
     exits: Vec<Seen>,
 }
 
@@ -331,8 +348,9 @@ async fn look(
         if services.shims.is_foreign(id) {
             // Its end is waited for apart.
             let created = matches!(container.state, ContainerState::Created { .. });
+            let pid = container.state.pid().unwrap_or_default();
             if created && super::foreign::was_started(services, id).await {
-                missed.started.push(id.clone());
+                missed.started.push((id.clone(), pid));
             }
             continue;
         }
@@ -341,7 +359,7 @@ async fn look(
             Ok(state) => {
                 let created = matches!(container.state, ContainerState::Created { .. });
                 if created && state.status == TaskStatus::Running {
-                    missed.started.push(id.clone());
+                    missed.started.push((id.clone(), state.pid));
                 }
                 continue;
             }

@@ -81,8 +81,10 @@ pub enum ContainerState {
     Creating,
     /// Made, not started.
     Created {
-        /// Of its first process, which waits to execute the command.
-        pid: u32,
+        /// Of its first process, which waits to execute the command; `None` for one that will be
+        /// restored, and has no process before. On record: 0.
+        #[serde(with = "pid_or_0")]
+        pid: Option<u32>,
     },
     /// Running.
     Running {
@@ -107,13 +109,15 @@ pub enum ContainerState {
 pub enum Change {
     /// The runtime made it.
     Created {
-        /// Of its first process.
-        pid: u32,
+        /// Of its first process, if it has one before it is started.
+        pid: Option<u32>,
     },
-    /// The command was executed.
+    /// The command was executed, or the processes of a checkpoint were restored.
     Started {
         /// When.
         at: SystemTime,
+        /// Of its first process.
+        pid: u32,
     },
     /// Its first process ended, or starting it went wrong.
     Exited {
@@ -139,8 +143,8 @@ impl ContainerState {
         let refused = |change| Err(Refused { state, change });
         match (self, change) {
             (Self::Creating, Change::Created { pid }) => Ok(Self::Created { pid }),
-            (Self::Created { pid }, Change::Started { at }) => {
-                Ok(Self::Running { pid, started_at: at })
+            (Self::Created { pid: known }, Change::Started { at, pid }) => {
+                Ok(Self::Running { pid: known.unwrap_or(pid), started_at: at })
             }
             (Self::Created { .. }, Change::Exited { at, how }) => {
                 Ok(Self::Exited { started_at: None, finished_at: at, how })
@@ -152,7 +156,7 @@ impl ContainerState {
                 how,
             }),
             // A short-lived process: its exit was told before our own call to start returned.
-            (Self::Exited { started_at: None, finished_at, how }, Change::Started { at }) => {
+            (Self::Exited { started_at: None, finished_at, how }, Change::Started { at, .. }) => {
                 Ok(Self::Exited { started_at: Some(at), finished_at: finished_at.max(at), how })
             }
             (Self::Creating, Change::Started { .. }) => refused("running"),
@@ -181,7 +185,8 @@ impl ContainerState {
     /// The first process, while there is one.
     pub fn pid(&self) -> Option<u32> {
         match self {
-            Self::Created { pid } | Self::Running { pid, .. } => Some(*pid),
+            Self::Created { pid } => *pid,
+            Self::Running { pid, .. } => Some(*pid),
             Self::Creating | Self::Exited { .. } => None,
         }
     }
@@ -189,6 +194,20 @@ impl ContainerState {
     /// Whether it has ended.
     pub fn is_exited(&self) -> bool {
         matches!(self, Self::Exited { .. })
+    }
+}
+
+/// As daemons before this one wrote it: they know no container without a process.
+mod pid_or_0 {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's form")]
+    pub(super) fn serialize<S: Serializer>(pid: &Option<u32>, to: S) -> Result<S::Ok, S::Error> {
+        pid.unwrap_or(0).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+        Ok(Some(u32::deserialize(from)?).filter(|pid| *pid != 0))
     }
 }
 
@@ -214,8 +233,8 @@ mod tests {
     fn change() -> impl Strategy<Value = Change> {
         let at = |n: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(n);
         prop_oneof![
-            (1..9u32).prop_map(|pid| Change::Created { pid }),
-            (0..9u64).prop_map(move |n| Change::Started { at: at(n) }),
+            (0..9u32).prop_map(|pid| Change::Created { pid: (pid != 0).then_some(pid) }),
+            (0..9u64, 1..9u32).prop_map(move |(n, pid)| Change::Started { at: at(n), pid }),
             (0..9u64, any::<u8>())
                 .prop_map(move |(n, code)| Change::Exited { at: at(n), how: Exit::Code(code) }),
         ]
@@ -262,9 +281,9 @@ mod tests {
     #[test]
     fn an_exit_told_before_start_returned_keeps_its_start_time() {
         let at = |n| SystemTime::UNIX_EPOCH + Duration::from_secs(n);
-        let state = ContainerState::Created { pid: 7 }
+        let state = ContainerState::Created { pid: Some(7) }
             .apply(Change::Exited { at: at(5), how: Exit::Code(3) })
-            .and_then(|s| s.apply(Change::Started { at: at(4) }))
+            .and_then(|s| s.apply(Change::Started { at: at(4), pid: 7 }))
             .unwrap();
         assert_eq!(
             state,
@@ -274,6 +293,18 @@ mod tests {
                 how: Exit::Code(3)
             }
         );
+    }
+
+    #[test]
+    fn a_container_to_be_restored_gets_its_process_at_its_start() {
+        let at = SystemTime::UNIX_EPOCH;
+        let state = ContainerState::Creating.apply(Change::Created { pid: None }).unwrap();
+        assert_eq!(state.pid(), None);
+        let json = serde_json::to_string(&state).unwrap();
+        assert_eq!(json, r#"{"Created":{"pid":0}}"#, "a daemon of before reads it");
+        assert_eq!(serde_json::from_str::<ContainerState>(&json).unwrap(), state);
+        let state = state.apply(Change::Started { at, pid: 9 }).unwrap();
+        assert_eq!(state.pid(), Some(9));
     }
 
     #[test]

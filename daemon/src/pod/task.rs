@@ -25,7 +25,7 @@ use tokio::{
 use tracing::{Instrument, Span, info, warn};
 
 use super::{
-    ContainerView, Error, Pod, PodView, Pods, Shared,
+    ContainerView, Error, Pod, PodView, Pods, Shared, checkpoint,
     config::{ContainerConfig, Resources},
     container, foreign,
     nri::Change as Limits,
@@ -67,6 +67,14 @@ pub(super) enum Request {
         id: ContainerId,
         change: Box<Limits>,
     },
+    Checkpoint {
+        what: checkpoint::What,
+        limit: Duration,
+    },
+    /// Replace the shim's code.
+    Upgrade {
+        binary: std::path::PathBuf,
+    },
     /// New overhead and new sum of the containers' resources; `None`: as it was.
     UpdatePod {
         change: Box<(Option<Resources>, Option<Resources>)>,
@@ -105,6 +113,10 @@ enum Op {
     Remove(ContainerId),
     Update(ContainerId),
     UpdatePod,
+    Checkpoint(checkpoint::What),
+    /// Resumes what a checkpoint of an earlier daemon had paused.
+    Mend,
+    Upgrade,
     /// Frees what the runtime holds of an ended container.
     Reap(ContainerId),
     /// Takes away a container, or the pod, that a crash left half made.
@@ -123,11 +135,14 @@ impl Op {
         match self {
             Op::Start(of) | Op::Remove(of) | Op::Update(of) | Op::Reap(of) => of == id,
             Op::Discard(of) => of.as_ref() == Some(id),
+            Op::Checkpoint(what) => what.containers.contains(id),
             Op::Run
             | Op::StopPod
             | Op::RemovePod
             | Op::UpdatePod
+            | Op::Upgrade
             | Op::Create(..)
+            | Op::Mend
             | Op::Link
             | Op::Watch
             | Op::Ends(_) => false,
@@ -145,7 +160,9 @@ impl Op {
             Op::Remove(_) => Some("remove container"),
             Op::Update(_) => Some("update container"),
             Op::UpdatePod => Some("update pod"),
-            Op::Ends(_) | Op::Reap(_) | Op::Discard(_) | Op::Link | Op::Watch => None,
+            Op::Checkpoint(_) => Some("checkpoint"),
+            Op::Upgrade => Some("upgrade shim"),
+            Op::Mend | Op::Ends(_) | Op::Reap(_) | Op::Discard(_) | Op::Link | Op::Watch => None,
         }
     }
 
@@ -160,9 +177,11 @@ impl Op {
             | Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
+            | Op::Checkpoint(_)
+            | Op::Upgrade
             | Op::Reap(_)
             | Op::Discard(_) => true,
-            Op::Link | Op::Watch | Op::Ends(_) => false,
+            Op::Mend | Op::Link | Op::Watch | Op::Ends(_) => false,
         }
     }
 }
@@ -176,6 +195,7 @@ pub(super) enum Effect {
     Started {
         id: ContainerId,
         at: SystemTime,
+        pid: u32,
     },
     Removed(ContainerId),
     Updated {
@@ -183,12 +203,15 @@ pub(super) enum Effect {
         resources: Box<Resources>,
     },
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
+    /// Nothing of the pod.
+    Done,
+    Mended,
     Reaped,
     Linked {
         client: Client,
         /// It is a new shim.
         endpoint: Option<Endpoint>,
-        started: Vec<ContainerId>,
+        started: Vec<(ContainerId, u32)>,
         exits: Vec<recover::Seen>,
     },
     Dead {
@@ -399,12 +422,25 @@ impl Owner {
     /// Whether something under way must end before the request can be looked at.
     fn must_wait(&self, request: &Request) -> bool {
         let mut running = self.running.values();
+        // Its connections break, and what came on them in between would not be done.
+        if self.is_running(&Op::Upgrade) && !matches!(request, Request::Upgrade { .. }) {
+            return true;
+        }
         match request {
+            Request::Upgrade { .. } => {
+                running.any(|op| op.holds_the_pod() && !matches!(op, Op::Upgrade))
+            }
             // What a crash left of it goes first; then there is no such pod, and a new one is made.
             Request::Run => running.any(|op| *op == Op::Discard(None)),
             Request::Create { .. } => running.any(|op| *op == Op::Discard(None)),
             Request::Start { id } | Request::Update { id, .. } => running.any(|op| {
                 op.touches(id) && !matches!(op, Op::Start(_)) || matches!(op, Op::RemovePod)
+            }),
+            // What is paused by one is not captured by another.
+            Request::Checkpoint { what, .. } => running.any(|op| {
+                let same = matches!(op, Op::Checkpoint(other) if other == what);
+                !same && what.containers.iter().any(|id| op.touches(id))
+                    || matches!(op, Op::Mend | Op::StopPod | Op::RemovePod)
             }),
             Request::Remove { id } => running.any(|op| {
                 op.touches(id) && !matches!(op, Op::Remove(_)) || matches!(op, Op::RemovePod)
@@ -505,6 +541,17 @@ impl Owner {
                 let record = container.view.record.clone();
                 let op = Op::Update(id);
                 self.join(op, reply, container::update(services, pod, record, change));
+            }
+            Request::Checkpoint { what, limit } => {
+                let stop = self.pods.stop.clone();
+                let work = checkpoint::write(services, pod, what.clone(), limit, stop);
+                self.join(Op::Checkpoint(what), reply, work);
+            }
+            Request::Upgrade { binary } => {
+                if self.record.state != PodState::Ready {
+                    return Err((Error::PodNotReady(pod.id), reply));
+                }
+                self.join(Op::Upgrade, reply, super::upgrade::upgrade(services, pod, binary));
             }
             // Nothing outside is to be done; it goes the way of all changes.
             Request::UpdatePod { change } => {
@@ -641,8 +688,8 @@ impl Owner {
                 }
                 return Ok(Answer::Container(id));
             }
-            Effect::Started { id, at } => {
-                self.change(&id, Change::Started { at }).await?;
+            Effect::Started { id, at, pid } => {
+                self.change(&id, Change::Started { at, pid }).await?;
                 if let Some(container) = self.containers.get(&id) {
                     self.pods.announce_start(&self.view.borrow(), &container.view);
                 }
@@ -675,15 +722,19 @@ impl Owner {
                 crash::point("daemon.update-pod.recorded");
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
-            Effect::Reaped => {}
+            Effect::Done | Effect::Mended | Effect::Reaped => {}
             Effect::Linked { client, endpoint, started, exits } => {
                 if endpoint.is_some() && endpoint != self.record.endpoint {
                     let record = PodRecord { endpoint, ..(*self.record).clone() };
                     self.save_pod(record).await?;
                 }
                 self.connected(client);
-                for id in started {
-                    self.change(&id, Change::Started { at: SystemTime::now() }).await?;
+                for (id, pid) in started {
+                    self.change(&id, Change::Started { at: SystemTime::now(), pid }).await?;
+                }
+                let ours = |broken: &checkpoint::BrokenOff| broken.pod() == Some(&self.pod.id);
+                for broken in self.pods.take_broken_off(ours) {
+                    self.spawn(Op::Mend, checkpoint::mend(self.pod.clone(), broken));
                 }
                 for seen in exits {
                     self.exited(&seen.id, seen.at, seen.how).await;
@@ -772,6 +823,9 @@ impl Owner {
             Op::Remove(_)
             | Op::Update(_)
             | Op::UpdatePod
+            | Op::Checkpoint(_)
+            | Op::Mend
+            | Op::Upgrade
             | Op::Reap(_)
             | Op::Discard(Some(_))
             | Op::Link

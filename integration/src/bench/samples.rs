@@ -93,6 +93,10 @@ pub const PULL_FETCHED: &str = "Ten pulls, downloads";
 pub const PULL_SHARED: &str = "Pull, 9 of 10 here";
 /// An image that is here and up to date.
 pub const PULL_UP_TO_DATE: &str = "Pull, up to date";
+/// The daemon's CPU time for an event and what it tells of, without subscribers.
+pub const EVENT: &str = "CPU per event";
+/// The same with ten subscribers.
+pub const EVENT_TEN: &str = "CPU per event, 10 subs";
 /// From the start of the daemon to the first complete lists.
 pub const RESTART: &str = "Restart, 30 pods";
 /// PSS of a shim.
@@ -152,6 +156,8 @@ const METRICS: &[(&str, &str)] = &[
     (PULL_FETCHED, ""),
     (PULL_SHARED, ""),
     (PULL_UP_TO_DATE, "ms"),
+    (EVENT, "µs"),
+    (EVENT_TEN, "µs"),
     (RESTART, "ms"),
     (SHIM, "KiB"),
     (POD_MEMORY, "KiB"),
@@ -378,9 +384,9 @@ mod tests {
         // Not measured: nothing is said.
         assert!(samples.bars().is_empty());
         samples.add(PULL_TEN, CONTAINERD, 100.0);
-        assert!(samples.bars().contains("0.45 of containerd's <= 0.5: met"), "{}", samples.bars());
+        assert!(samples.bars().contains("0.45 times containerd <= 0.5: met"), "{}", samples.bars());
         samples.add(PULL_40, HOLDFAST, 45.0);
         samples.add(PULL_40, CONTAINERD, 100.0);
-        assert!(samples.bars().contains("0.45 of containerd's <= 0.4: NOT"), "{}", samples.bars());
+        assert!(samples.bars().contains("0.45 times containerd <= 0.4: NOT"), "{}", samples.bars());
     }
 }

@@ -17,7 +17,7 @@ use std::{
     time::SystemTime,
 };
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use super::{
     Container, Ended, Pod, Process, Sandbox, Slot, Stage,
@@ -63,9 +63,62 @@ fn lent(kept: &mut Kept, container: &str, exec: &str) -> (Option<OwnedFd>, Lent)
 }
 
 impl Pod {
-    pub(super) async fn take_over(self: &Arc<Self>, saved: Saved, mut kept: Kept) {
+    /// Takes over from the code that this process ran before.
+    pub(crate) async fn take_over_from(
+        self: &Arc<Self>,
+        saved: Saved,
+        kept: Kept,
+        unfinished: Vec<(String, [Vec<u8>; 2])>,
+    ) {
+        self.take_over(saved, kept, false).await;
+        for (id, text) in unfinished {
+            if let Some(outputs) = self.outputs(&id) {
+                outputs.set_unfinished(text);
+            }
+        }
+    }
+
+    fn outputs(&self, id: &str) -> Option<Arc<stdio::Outputs>> {
+        match self.relays.find(id) {
+            Some(relay) => relay.with_io(|io| io.outputs.clone()),
+            None => self.container(id).ok()?.init.with_io(|io| io.outputs.clone()).flatten(),
+        }
+    }
+
+    /// Text after the last line feed of every container.
+    pub(crate) fn unfinished(&self) -> Vec<(String, [Vec<u8>; 2])> {
+        let containers = self.all().into_iter().map(|container| container.id.clone());
+        let relayed = self.relays.asked().into_iter().map(|relay| relay.container);
+        let text = |id: String| Some((id.clone(), self.outputs(&id)?.unfinished()));
+        containers.chain(relayed).filter_map(text).collect()
+    }
+
+    /// Whether attached clients have still to get output.
+    pub(crate) fn clients_are_behind(&self) -> bool {
+        lock(&self.attached).values().any(|(_, client)| client.is_behind())
+    }
+
+    /// Whether all that is there can be handed over; else what cannot.
+    pub(crate) fn can_be_handed_over(&self) -> Result<(), String> {
+        for container in self.all() {
+            let id = &container.id;
+            if let Stage::New = container.init.stage() {
+                return Err(format!("container {id} is still to be restored"));
+            }
+            let can = |process: &Process| process.with_io(|io| io.can_be_handed_over());
+            let execs: Vec<_> = lock(&container.execs).values().cloned().collect();
+            let all = execs.iter().map(|exec| can(exec)).chain([can(&container.init)]);
+            if all.into_iter().any(|can| can == Some(false)) {
+                return Err(format!("the output of container {id} goes to a logging binary"));
+            }
+        }
+        Ok(())
+    }
+
+    /// `crashed`: the shim is dead, and what it was doing has gone on without it.
+    pub(super) async fn take_over(self: &Arc<Self>, saved: Saved, mut kept: Kept, crashed: bool) {
         for container in saved.containers {
-            self.take_over_container(container, &mut kept).await;
+            self.take_over_container(container, &mut kept, crashed).await;
         }
         for relay in saved.relays {
             // Its FIFOs are as they were: the other shim has them open.
@@ -86,7 +139,12 @@ impl Pod {
         owned.map(Arc::new)
     }
 
-    async fn take_over_container(self: &Arc<Self>, saved: SavedContainer, kept: &mut Kept) {
+    async fn take_over_container(
+        self: &Arc<Self>,
+        saved: SavedContainer,
+        kept: &mut Kept,
+        crashed: bool,
+    ) {
         let init = Process::restored(&saved.init);
         let (pidfd, streams) = lent(kept, &saved.id, "");
         let container = Arc::new(Container {
@@ -102,6 +160,8 @@ impl Pod {
             restore: saved.restore,
             mounted: saved.mounted,
             ids: saved.ids,
+            turn: tokio::sync::Mutex::new(()),
+            give_up: Notify::new(),
             deleting: tokio::sync::Mutex::new(()),
             id: saved.id,
         });
@@ -116,12 +176,12 @@ impl Pod {
         }
         let execs = match container.init.stage() {
             Stage::New => return,
-            Stage::Ended(_) => Vec::new(),
+            Stage::Ended(_) => saved.execs,
             Stage::Created { pid } | Stage::Running { pid } => {
                 let who = Who { pid, began: container.init.began.load(Ordering::Relaxed) };
                 let owned = self.stranger(who, pidfd);
                 self.resume_io(&container, &container.init, streams, false).await;
-                self.resume_init(&container, pid, owned).await;
+                self.resume_init(&container, pid, owned, crashed).await;
                 saved.execs
             }
         };
@@ -158,6 +218,7 @@ impl Pod {
         container: &Arc<Container>,
         pid: u32,
         owned: Option<Arc<Owned>>,
+        crashed: bool,
     ) {
         let Some(owned) = owned else {
             let (pod, container) = (self.clone(), container.clone());
@@ -169,7 +230,8 @@ impl Pod {
         };
         *lock(&container.init.owned) = Some(owned.clone());
         // A start that was under way has gone on without the shim.
-        if matches!(container.init.stage(), Stage::Created { .. })
+        if crashed
+            && matches!(container.init.stage(), Stage::Created { .. })
             && let Ok(state) = container.runtime.state(&self.reaper, &container.id).await
             && state.status == "running"
         {

@@ -123,6 +123,11 @@ impl From<SavedEnd> for Ended {
 }
 
 impl Saved {
+    /// The same, read already.
+    pub(crate) fn from_value(value: serde_json::Value) -> Result<Self, String> {
+        Self::parse(value.to_string().as_bytes())
+    }
+
     /// Reads what a shim has written, of this release or another.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
         #[derive(Deserialize)]
@@ -241,7 +246,7 @@ impl Pod {
         let path = self.bundle.shim_state();
         let bytes = std::fs::read(&path).map_err(io_error("read the state of the shim before"))?;
         let saved = Saved::parse(&bytes).map_err(Error::Unsupported)?;
-        self.take_over(saved, kept).await;
+        self.take_over(saved, kept, true).await;
         *lock(&self.orphan) = false;
         self.changed();
         Ok(())
