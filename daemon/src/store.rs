@@ -94,12 +94,17 @@ impl Store {
         let room = room::Room::new(path);
         private_file(path);
         let mut db = Connection::open(path).map_err(open)?;
+        // One daemon has it, by the lock on the state directory. So the log's index is in our memory,
+        // and not in a file that a full disk has no room for (sqlite.org/wal.html, "Use of WAL
+        // Without Shared-Memory"). Before anything that opens the log.
+        db.pragma_update(None, "locking_mode", "exclusive").map_err(open)?;
         // WAL with FULL: one fsync of the log per commit, and a commit that returned survives a
         // power cut (sqlite.org/pragma.html#pragma_synchronous).
         db.pragma_update(None, "journal_mode", "wal").map_err(open)?;
         db.pragma_update(None, "synchronous", "full").map_err(open)?;
         db.pragma_update(None, "foreign_keys", true).map_err(open)?;
         migrate(&mut db).map_err(open)?;
+        room::keep_log(&db).map_err(open)?;
         room.provide_log();
         let (jobs, queue) = mpsc::channel(QUEUE);
         thread::Builder::new()

@@ -107,6 +107,28 @@ impl Room {
     }
 }
 
+/// Leaves the log's file, and with it its blocks, when the database is closed: the next daemon may find
+/// no others.
+#[expect(unsafe_code, reason = "sqlite3_file_control")]
+pub(super) fn keep_log(db: &rusqlite::Connection) -> Result<(), rusqlite::Error> {
+    use rusqlite::ffi;
+    let mut keep: std::ffi::c_int = 1;
+    // SAFETY: the handle is open while `db` lives, no name means its main database, and the argument
+    // of this request is an int that outlives the call.
+    let code = unsafe {
+        ffi::sqlite3_file_control(
+            db.handle(),
+            std::ptr::null(),
+            ffi::SQLITE_FCNTL_PERSIST_WAL,
+            (&raw mut keep).cast(),
+        )
+    };
+    match code {
+        ffi::SQLITE_OK => Ok(()),
+        code => Err(rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,6 +152,16 @@ mod tests {
         for _ in 0..50 {
             store.call(|db| Ok(db.execute_batch("INSERT INTO t VALUES (1)")?)).await.unwrap();
         }
+        assert_eq!(fs::metadata(dir.path().join("db-wal")).unwrap().len(), log);
+        // No other file is needed, and it stays when the database is closed in order.
+        assert!(!dir.path().join("db-shm").exists());
+        drop(store);
+        let store = Store::open(&path).unwrap();
+        let count: i64 = store
+            .call(|db| Ok(db.query_row("SELECT count(*) FROM t", [], |row| row.get(0))?))
+            .await
+            .unwrap();
+        assert_eq!(count, 50);
         assert_eq!(fs::metadata(dir.path().join("db-wal")).unwrap().len(), log);
     }
 }
