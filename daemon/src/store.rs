@@ -90,6 +90,17 @@ pub struct Store {
 impl Store {
     /// Opens or creates the database and brings its schema up to date.
     pub fn open(path: &Path) -> Result<Self, Error> {
+        Self::open_as(path, true)
+    }
+
+    /// The same beside another that is open: for tests, whose first daemon is not gone when the next
+    /// one starts.
+    #[cfg(test)]
+    pub(crate) fn open_beside(path: &Path) -> Result<Self, Error> {
+        Self::open_as(path, false)
+    }
+
+    fn open_as(path: &Path, alone: bool) -> Result<Self, Error> {
         let open = |source| Error::Open { path: path.to_owned(), source };
         let room = room::Room::new(path);
         private_file(path);
@@ -97,7 +108,9 @@ impl Store {
         // One daemon has it, by the lock on the state directory. So the log's index is in our memory,
         // and not in a file that a full disk has no room for (sqlite.org/wal.html, "Use of WAL
         // Without Shared-Memory"). Before anything that opens the log.
-        db.pragma_update(None, "locking_mode", "exclusive").map_err(open)?;
+        if alone {
+            db.pragma_update(None, "locking_mode", "exclusive").map_err(open)?;
+        }
         // WAL with FULL: one fsync of the log per commit, and a commit that returned survives a
         // power cut (sqlite.org/pragma.html#pragma_synchronous).
         db.pragma_update(None, "journal_mode", "wal").map_err(open)?;

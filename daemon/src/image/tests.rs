@@ -122,7 +122,7 @@ fn archives(image: &Image) -> Vec<Vec<u8>> {
 }
 
 async fn open(dir: &Path, config: config::Images) -> Images {
-    let store = Store::open(&dir.join("db")).unwrap();
+    let store = Store::open_beside(&dir.join("db")).unwrap();
     let registries = Registries::new(config.clone()).with_back_off(Duration::from_millis(10));
     Images::open_with(&dir.join("images"), config, store, registries).await.unwrap()
 }
