@@ -712,6 +712,25 @@ mod tests {
     }
 
     #[test]
+    fn the_manual_has_a_row_for_every_command() {
+        let manual = include_str!("../../../docs/cli.md");
+        let missing = |name: &str| !manual.contains(&format!("| `{name}"));
+        for sub in Args::command().get_subcommands() {
+            let name = sub.get_name();
+            if sub.has_subcommands() {
+                for verb in sub.get_subcommands() {
+                    // Those that are commands of their own too have their row there.
+                    let both = format!("{name} {}", verb.get_name());
+                    let told = manual.contains(&format!("lso `{both}`"));
+                    assert!(!missing(&both) || told, "{both} is not in docs/cli.md");
+                }
+            } else {
+                assert!(!missing(name), "{name} is not in docs/cli.md");
+            }
+        }
+    }
+
+    #[test]
     fn what_follows_the_image_is_the_command() {
         let Ok(Command::Run(run)) = parse("run --rm -e A=b -p 80:80 busybox ls -l --name x") else {
             panic!()
