@@ -464,6 +464,41 @@ async fn part(how: How, part: usize, of: usize) -> Result<()> {
     kubelet.finish().await
 }
 
+/// Started by a daemon that died of it, ended while there was none.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_ended_before_anybody_knew_of_its_start_has_both_its_times() -> Result<()> {
+    let mut node = Node::builder().crash_points().start().await?;
+    let image = node.busybox().await?;
+    let points = CrashPoints::of(&node);
+    let pod = node.pod("a").run().await?;
+    let brief = pod.container(&image).name("brief").sh("exit 3").create().await?;
+    points.arm("daemon.start.task-started", 1)?;
+    let started = brief.start().await;
+    ensure!(started.as_ref().is_err_and(is_broken), "{started:?}");
+    ensure!(points.armed().is_empty(), "it did not die there");
+    let record = node.path().join("state/bundles").join(&brief.id).join("exit.json");
+    eventually(STEP, "an exit record", async || {
+        let written = fs::read_to_string(&record).unwrap_or_default();
+        Ok(Look::when(written.contains("pid"), || written))
+    })
+    .await?;
+    node.revive().await?;
+    let status = eventually(STEP, "the end to be known", async || {
+        let status = match brief.status().await {
+            // The connection of before.
+            Err(status) if is_broken(&status) => return Ok(Look::Not(status.to_string())),
+            status => status?,
+        };
+        let exited = status.state() == cri::ContainerState::ContainerExited;
+        Ok(if exited { Look::Done(status) } else { Look::Not(format!("{status:?}")) })
+    })
+    .await?;
+    assert_eq!(status.exit_code, 3);
+    let (created, began, ended) = (status.created_at, status.started_at, status.finished_at);
+    ensure!(created < began && began <= ended, "{created} {began} {ended}");
+    node.finish().await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_daemon_dies_at_each_point_of_its_walks_first_half() -> Result<()> {
     part(How::Daemon, 0, 2).await

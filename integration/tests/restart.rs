@@ -2,12 +2,18 @@
 
 use std::{
     collections::BTreeSet,
+    os::unix::net::UnixListener,
+    path::PathBuf,
     time::{Duration, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use holdfast_integration::{Node, Pod, eventually, ground::is_zombie, log, wait::Look};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use tokio::time::{Instant, sleep};
 
 /// Pods, containers and addresses that must be the same before and after.
@@ -66,6 +72,41 @@ async fn everything_is_there_again_after_a_kill() -> Result<()> {
     node.terminate()?;
     node.restart().await?;
     assert_eq!(everything(&node).await?, before);
+    node.finish().await
+}
+
+/// A shim tells an end as soon as there is a daemon, which may be before that daemon has reached it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_whose_shim_is_not_reached_yet_is_removed_from_it_too() -> Result<()> {
+    let mut node = Node::start().await?;
+    let image = node.busybox().await?;
+    let pod = node.pod("a").host_network().run().await?;
+    let container = pod.container(&image).sh("exec sleep 100000").start().await?;
+    let bundle = node.path().join("state/bundles").join(&pod.id);
+    let address = std::fs::read_to_string(bundle.join("address"))?;
+    let socket = PathBuf::from(address.trim().strip_prefix("unix://").context("no unix socket")?);
+    let aside = socket.with_extension("aside");
+
+    // In the shim's place is somebody who never answers.
+    node.kill9()?;
+    std::fs::rename(&socket, &aside)?;
+    let deaf = UnixListener::bind(&socket)?;
+    node.restart().await?;
+    let pid = node.pid_file(&container.id, "init.pid")?;
+    kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    container.wait().await?;
+
+    let removal = tokio::spawn({
+        let container = container.clone();
+        async move { container.remove().await }
+    });
+    sleep(Duration::from_millis(500)).await;
+    ensure!(!removal.is_finished(), "it was removed without its shim");
+    std::fs::rename(&aside, &socket)?;
+    drop(deaf);
+    removal.await??;
+    pod.stop().await?;
+    pod.remove().await?;
     node.finish().await
 }
 

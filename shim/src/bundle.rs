@@ -196,6 +196,9 @@ pub struct ExitRecord {
     pub pid: u32,
     /// How that process ended.
     pub status: Exit,
+    /// When its command was executed; `None` when it was not, or when nobody has kept it.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "rfc3339::optional")]
+    pub started_at: Option<SystemTime>,
     /// When.
     #[serde(with = "rfc3339")]
     pub at: SystemTime,
@@ -300,6 +303,28 @@ mod rfc3339 {
         let text = String::deserialize(from)?;
         timestamp::parse(&text).ok_or_else(|| D::Error::custom(format!("no RFC 3339 time: {text}")))
     }
+
+    /// The same for a time that may be absent.
+    pub(super) mod optional {
+        use super::*;
+
+        #[expect(clippy::ref_option, reason = "serde's form")]
+        pub(in super::super) fn serialize<S: Serializer>(
+            at: &Option<SystemTime>,
+            to: S,
+        ) -> Result<S::Ok, S::Error> {
+            match at {
+                Some(at) => super::serialize(at, to),
+                None => to.serialize_none(),
+            }
+        }
+
+        pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
+            from: D,
+        ) -> Result<Option<SystemTime>, D::Error> {
+            super::deserialize(from).map(Some)
+        }
+    }
 }
 
 #[cfg(test)]
@@ -312,6 +337,7 @@ mod tests {
         ExitRecord {
             pid: 4711,
             status: Exit::Signal(9),
+            started_at: Some(UNIX_EPOCH + Duration::new(1_699_999_999, 5)),
             at: UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789),
             oom_killed: true,
             lost: false,

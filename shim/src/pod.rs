@@ -220,6 +220,8 @@ pub(crate) struct Container {
     pub(crate) init: Process,
     execs: Mutex<BTreeMap<String, Arc<Process>>>,
     cgroup: OnceLock<Cgroup>,
+    /// When its command was executed.
+    started_at: OnceLock<SystemTime>,
     /// OOM kills that were counted before it began.
     oom_kills_before: OnceLock<u64>,
     /// Its PID namespace has other processes too, so the kernel does not end them all with init.
@@ -574,6 +576,7 @@ impl Pod {
             init: Process::new(create.uris, Vec::new()),
             execs: Mutex::default(),
             cgroup: OnceLock::new(),
+            started_at: OnceLock::new(),
             oom_kills_before: OnceLock::new(),
             shares_pids: !own_pids,
             paused: AtomicBool::new(false),
@@ -774,6 +777,7 @@ impl Pod {
             }
         };
         told.pid = pid;
+        let _ = container.started_at.set(SystemTime::now());
         // An exit that came meanwhile waits for `order`, so the stage is still the one of before.
         container.init.stage.send_replace(Stage::Running { pid });
         self.changed();
@@ -897,7 +901,8 @@ impl Pod {
         container.init.drain().await;
         crash::point("shim.exit.drained");
 
-        let record = ExitRecord { pid, status: exit, at, oom_killed, lost };
+        let started_at = container.started_at.get().copied();
+        let record = ExitRecord { pid, status: exit, started_at, at, oom_killed, lost };
         if let Err(error) = record.store(container.bundle.exit_record()) {
             report!("container {}: write its exit record: {error}", container.id);
         }

@@ -25,7 +25,7 @@ use super::{
     readback, recover,
     restore::{self, Restore},
     run::{remove_dir, unmount},
-    state::{Change, ContainerState, Exit},
+    state::{Change, ContainerState, End, Exit},
     task::Effect,
     volumes,
 };
@@ -544,7 +544,8 @@ pub(super) async fn stop(
         // It was to be restored: there is no process whose end anybody would tell.
         let how = Exit::NotStarted { code: 128, message: "stopped before it was restored".into() };
         let (taken, answer) = tokio::sync::oneshot::channel();
-        let command = super::task::Command::Exited { id, at: SystemTime::now(), how, taken };
+        let end = End::new(SystemTime::now(), how);
+        let command = super::task::Command::Exited { id, end, taken };
         pod.commands.send(command).await.map_err(|_| Error::Closed)?;
         return answer.await.map_err(|_| Error::Closed);
     }
@@ -617,9 +618,9 @@ async fn ended(
             };
             if let Some((status, at)) = stopped {
                 let record = services.shims.container_bundle(id).exit_record();
-                let (at, how) = recover::how_ended(&record, Some((at, status)));
+                let end = recover::how_ended(&record, Some((at, status)));
                 let (taken, _) = tokio::sync::oneshot::channel();
-                let command = super::task::Command::Exited { id: id.clone(), at, how, taken };
+                let command = super::task::Command::Exited { id: id.clone(), end, taken };
                 let _ = pod.commands.send(command).await;
             }
         }
@@ -639,15 +640,21 @@ pub(super) async fn reap(
     pod: Pod,
     id: ContainerId,
 ) -> Result<Effect, Error> {
-    free(&services, shim_of(&pod).as_ref(), &id).await?;
+    free(&services, reached(&pod).await?.as_ref(), &id).await?;
     Ok(Effect::Reaped)
 }
 
 /// A pod, and its shim as far as we know.
 pub(super) type Shim<'a> = (&'a Pod, Client);
 
-fn shim_of(pod: &Pod) -> Option<Shim<'_>> {
-    pod.connected().map(|client| (pod, client))
+/// The same, once the shim is reached: a container's end may be told before that, and the shim must not
+/// keep what is taken away then. `None`: there is no shim.
+async fn reached(pod: &Pod) -> Result<Option<Shim<'_>>, Error> {
+    match pod.client().await {
+        Ok(client) => Ok(Some((pod, client))),
+        Err(Error::PodNotReady(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// See [`reap`]. May be repeated.
@@ -695,7 +702,7 @@ pub(super) async fn remove(
     let container = pod.container(&id)?;
     stop(&services, pod.clone(), id.clone(), Duration::ZERO).await?;
     nri::remove(&services, &pod, &id).await;
-    take_away(&services, shim_of(&pod).as_ref(), &container.record).await?;
+    take_away(&services, reached(&pod).await?.as_ref(), &container.record).await?;
     Ok(Effect::Removed(id))
 }
 

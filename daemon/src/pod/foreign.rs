@@ -24,7 +24,7 @@ use super::{
     Error, Pod, Services,
     config::{PidMode, PodRef},
     io_at, recover, run,
-    state::{ContainerState, Exit},
+    state::{ContainerState, End, Exit},
     task::Effect,
     volumes,
 };
@@ -315,7 +315,8 @@ async fn settle(
             };
             let oom_killed =
                 status != Status::Code(0) && (oom.exists() || kills.is_some_and(|n| n > 0));
-            ExitRecord { pid, status, at, oom_killed, lost: false }.store(path)
+            let started_at = None;
+            ExitRecord { pid, status, started_at, at, oom_killed, lost: false }.store(path)
         });
         match stored.await {
             Ok(Ok(())) => {}
@@ -333,11 +334,11 @@ async fn settle(
             }
         }
         services.shims.settle(pod.id(), id.as_str()).await;
-        let (at, how) = recover::how_ended(&bundle.exit_record(), Some((at, exited.status)));
-        return recover::Seen { id: id.clone(), at, how };
+        let end = recover::how_ended(&bundle.exit_record(), Some((at, exited.status)));
+        return recover::Seen { id: id.clone(), end };
     }
-    let (at, how) = recover::how_ended(&bundle.exit_record(), None);
-    recover::Seen { id: id.clone(), at, how }
+    let end = recover::how_ended(&bundle.exit_record(), None);
+    recover::Seen { id: id.clone(), end }
 }
 
 /// Ends what a dead shim left of a container.
@@ -359,7 +360,7 @@ async fn bury(services: &Services, record: &ContainerRecord) -> recover::Seen {
         (None, true) => (SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
         (None, false) => (SystemTime::now(), Exit::Lost),
     };
-    recover::Seen { id: id.clone(), at, how }
+    recover::Seen { id: id.clone(), end: End::new(at, how) }
 }
 
 /// Waits for the end of the pod's own container: without it, to some shims the pod is gone.

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use super::{
     Error, Pods, Services,
     run::{remove_dir, unmount},
-    state::{ContainerState, Exit, PodState},
+    state::{ContainerState, End, Exit, PodState},
     task::{Command, Effect},
 };
 use crate::{
@@ -48,8 +48,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_s
 /// An exit that was found out, rather than told.
 pub(super) struct Seen {
     pub(super) id: ContainerId,
-    pub(super) at: SystemTime,
-    pub(super) how: Exit,
+    pub(super) end: End,
 }
 
 impl Pods {
@@ -197,9 +196,9 @@ impl Pods {
             return true;
         }
         let record = self.services.shims.container_bundle(&id).exit_record();
-        let (at, how) = how_ended(&record, Some((at, status)));
+        let end = how_ended(&record, Some((at, status)));
         let (taken, answer) = tokio::sync::oneshot::channel();
-        let command = Command::Exited { id, at, how, taken };
+        let command = Command::Exited { id, end, taken };
         pod.commands.send(command).await.is_ok() && answer.await.is_ok()
     }
 }
@@ -216,12 +215,16 @@ fn recorded(path: &Path) -> Option<ExitRecord> {
 
 /// When and how a container ended: by its record, which alone knows of the OOM killer, else by what
 /// its shim says, else nobody knows.
-pub(super) fn how_ended(record: &Path, told: Option<(SystemTime, u32)>) -> (SystemTime, Exit) {
+pub(super) fn how_ended(record: &Path, told: Option<(SystemTime, u32)>) -> End {
     match (recorded(record), told) {
-        (Some(record), _) => (record.at, exit_of(&record)),
-        (None, Some((at, status))) => (at, Exit::from_status(status, false)),
-        (None, None) => (SystemTime::now(), Exit::Lost),
+        (Some(record), _) => end_of(&record),
+        (None, Some((at, status))) => End::new(at, Exit::from_status(status, false)),
+        (None, None) => End::new(SystemTime::now(), Exit::Lost),
     }
+}
+
+fn end_of(record: &ExitRecord) -> End {
+    End { started_at: record.started_at, at: record.at, how: exit_of(record) }
 }
 
 fn exit_of(record: &ExitRecord) -> Exit {
@@ -373,8 +376,8 @@ async fn look(
             Err(error) => return Err(error),
         };
         let record = services.shims.container_bundle(id).exit_record();
-        let (at, how) = how_ended(&record, exited.map(|exited| (exited.at, exited.status)));
-        missed.exits.push(Seen { id: id.clone(), at, how });
+        let end = how_ended(&record, exited.map(|exited| (exited.at, exited.status)));
+        missed.exits.push(Seen { id: id.clone(), end });
     }
     Ok(missed)
 }
@@ -406,13 +409,13 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
             warn!(container = id.short(), error = %chain(&error), "clean up after a dead shim");
         }
         crash::point("daemon.bury.cleaned-up");
-        let (at, how) = match before.or_else(|| recorded(&path)) {
-            Some(record) => (record.at, exit_of(&record)),
+        let end = match before.or_else(|| recorded(&path)) {
+            Some(record) => end_of(&record),
             // Nobody else was there to kill it.
-            None if alive => (SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
-            None => (SystemTime::now(), Exit::Lost),
+            None if alive => End::new(SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
+            None => End::new(SystemTime::now(), Exit::Lost),
         };
-        exits.push(Seen { id: id.clone(), at, how });
+        exits.push(Seen { id: id.clone(), end });
     }
     exits
 }
@@ -430,19 +433,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("exit.json");
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-        assert_eq!(how_ended(&path, None).1, Exit::Lost);
-        assert_eq!(how_ended(&path, Some((at(9), 137))), (at(9), Exit::Signal(9)));
+        assert_eq!(how_ended(&path, None).how, Exit::Lost);
+        assert_eq!(how_ended(&path, Some((at(9), 137))), End::new(at(9), Exit::Signal(9)));
         let status = holdfast_shim::bundle::Exit::Signal(9);
-        ExitRecord { pid: 7, status, at: at(8), oom_killed: true, lost: false }
+        let started_at = Some(at(3));
+        ExitRecord { pid: 7, status, started_at, at: at(8), oom_killed: true, lost: false }
             .store(&path)
             .unwrap();
-        let killed = (at(8), Exit::OomKilled { status: 137 });
+        let killed = End { started_at, at: at(8), how: Exit::OomKilled { status: 137 } };
         assert_eq!(how_ended(&path, Some((at(9), 137))), killed);
         assert_eq!(how_ended(&path, None), killed);
         // It ended while its shim was dead, and nobody knows how.
-        ExitRecord { pid: 7, status, at: at(8), oom_killed: false, lost: true }
+        let started_at = None;
+        ExitRecord { pid: 7, status, started_at, at: at(8), oom_killed: false, lost: true }
             .store(&path)
             .unwrap();
-        assert_eq!(how_ended(&path, Some((at(9), 255))), (at(8), Exit::Lost));
+        assert_eq!(how_ended(&path, Some((at(9), 255))), End::new(at(8), Exit::Lost));
     }
 }

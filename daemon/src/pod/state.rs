@@ -120,12 +120,26 @@ pub enum Change {
         pid: u32,
     },
     /// Its first process ended, or starting it went wrong.
-    Exited {
-        /// When.
-        at: SystemTime,
-        /// How.
-        how: Exit,
-    },
+    Exited(End),
+}
+
+/// An end, as it is told or found out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// When it had been started, where the record of its exit says so: it counts for a container whose
+    /// start was asked for by a daemon that died before it knew.
+    pub started_at: Option<SystemTime>,
+    /// When it ended.
+    pub at: SystemTime,
+    /// How.
+    pub how: Exit,
+}
+
+impl End {
+    /// Of one that was not started, or by someone who knows of no start.
+    pub fn new(at: SystemTime, how: Exit) -> Self {
+        Self { started_at: None, at, how }
+    }
 }
 
 /// A change that is not legal in a state.
@@ -146,21 +160,24 @@ impl ContainerState {
             (Self::Created { pid: known }, Change::Started { at, pid }) => {
                 Ok(Self::Running { pid: known.unwrap_or(pid), started_at: at })
             }
-            (Self::Created { .. }, Change::Exited { at, how }) => {
-                Ok(Self::Exited { started_at: None, finished_at: at, how })
+            (Self::Created { .. }, Change::Exited(End { started_at, at, how })) => {
+                let finished_at = started_at.map_or(at, |started| at.max(started));
+                Ok(Self::Exited { started_at, finished_at, how })
             }
-            (Self::Running { started_at, .. }, Change::Exited { at, how }) => Ok(Self::Exited {
-                started_at: Some(started_at),
-                // A clock that was set back must not make a container end before it began.
-                finished_at: at.max(started_at),
-                how,
-            }),
+            (Self::Running { started_at, .. }, Change::Exited(End { at, how, .. })) => {
+                Ok(Self::Exited {
+                    started_at: Some(started_at),
+                    // A clock that was set back must not make a container end before it began.
+                    finished_at: at.max(started_at),
+                    how,
+                })
+            }
             // A short-lived process: its exit was told before our own call to start returned.
             (Self::Exited { started_at: None, finished_at, how }, Change::Started { at, .. }) => {
                 Ok(Self::Exited { started_at: Some(at), finished_at: finished_at.max(at), how })
             }
             (Self::Creating, Change::Started { .. }) => refused("running"),
-            (Self::Creating, Change::Exited { .. }) => refused("exited"),
+            (Self::Creating, Change::Exited(_)) => refused("exited"),
             (Self::Created { .. } | Self::Running { .. }, Change::Created { .. })
             | (Self::Exited { .. }, Change::Created { .. }) => refused("created"),
             (Self::Running { .. }, Change::Started { .. })
@@ -168,7 +185,7 @@ impl ContainerState {
                 refused("running")
             }
             // Seen twice, settled once.
-            (Self::Exited { .. }, Change::Exited { .. }) => refused("exited"),
+            (Self::Exited { .. }, Change::Exited(_)) => refused("exited"),
         }
     }
 
@@ -235,8 +252,10 @@ mod tests {
         prop_oneof![
             (0..9u32).prop_map(|pid| Change::Created { pid: (pid != 0).then_some(pid) }),
             (0..9u64, 1..9u32).prop_map(move |(n, pid)| Change::Started { at: at(n), pid }),
-            (0..9u64, any::<u8>())
-                .prop_map(move |(n, code)| Change::Exited { at: at(n), how: Exit::Code(code) }),
+            (prop::option::of(0..9u64), 0..9u64, any::<u8>()).prop_map(move |(began, n, code)| {
+                let (started_at, how) = (began.map(at), Exit::Code(code));
+                Change::Exited(End { started_at, at: at(n), how })
+            }),
         ]
     }
 
@@ -269,7 +288,7 @@ mod tests {
                         }
                     }
                     Err(_) => prop_assert!(
-                        !matches!((&before, &change), (ContainerState::Running { .. }, Change::Exited { .. })),
+                        !matches!((&before, &change), (ContainerState::Running { .. }, Change::Exited(_))),
                         "a running container's exit must be taken"
                     ),
                 }
@@ -282,7 +301,7 @@ mod tests {
     fn an_exit_told_before_start_returned_keeps_its_start_time() {
         let at = |n| SystemTime::UNIX_EPOCH + Duration::from_secs(n);
         let state = ContainerState::Created { pid: Some(7) }
-            .apply(Change::Exited { at: at(5), how: Exit::Code(3) })
+            .apply(Change::Exited(End::new(at(5), Exit::Code(3))))
             .and_then(|s| s.apply(Change::Started { at: at(4), pid: 7 }))
             .unwrap();
         assert_eq!(
@@ -293,6 +312,17 @@ mod tests {
                 how: Exit::Code(3)
             }
         );
+    }
+
+    #[test]
+    fn an_exit_tells_of_a_start_that_nobody_heard_of() {
+        let at = |n| SystemTime::UNIX_EPOCH + Duration::from_secs(n);
+        let started_at = Some(at(4));
+        let end = End { started_at, at: at(5), how: Exit::Code(3) };
+        let state = ContainerState::Created { pid: Some(7) }.apply(Change::Exited(end)).unwrap();
+        let expected =
+            ContainerState::Exited { started_at, finished_at: at(5), how: Exit::Code(3) };
+        assert_eq!(state, expected);
     }
 
     #[test]

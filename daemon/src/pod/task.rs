@@ -30,7 +30,7 @@ use super::{
     container, foreign,
     nri::Change as Limits,
     recover, run,
-    state::{Change, Exit, PodState},
+    state::{Change, End, Exit, PodState},
 };
 use crate::{
     config::Sandboxing,
@@ -99,7 +99,7 @@ pub(super) enum Command {
         cause: Span,
     },
     /// A container's first process ended. `taken` is answered when the record of it is written.
-    Exited { id: ContainerId, at: SystemTime, how: Exit, taken: oneshot::Sender<()> },
+    Exited { id: ContainerId, end: End, taken: oneshot::Sender<()> },
 }
 
 /// An operation: what a second request can join, and what others must not overlap with.
@@ -247,7 +247,7 @@ pub(super) struct Owner {
     /// Containers that are being made.
     making: HashMap<Op, ContainerId>,
     /// Exits of containers whose making has not come back yet.
-    early: HashMap<ContainerId, (SystemTime, Exit)>,
+    early: HashMap<ContainerId, End>,
     stopping: bool,
     gone: bool,
     ops: JoinSet<Result<Effect, Error>>,
@@ -400,8 +400,8 @@ impl Owner {
                 let _below = cause.enter();
                 self.request(request, reply);
             }
-            Command::Exited { id, at, how, taken } => {
-                if self.exited(&id, at, how).await {
+            Command::Exited { id, end, taken } => {
+                if self.exited(&id, end).await {
                     // Nobody waits if the connection to the shim went meanwhile: it tells again.
                     let _ = taken.send(());
                 }
@@ -683,8 +683,8 @@ impl Owner {
                 self.watch_foreign(&id, Duration::ZERO);
                 self.publish(id.clone(), Kind::Created);
                 services.nri.listed(id.as_str());
-                if let Some((at, how)) = self.early.remove(&id) {
-                    self.exited(&id, at, how).await;
+                if let Some(end) = self.early.remove(&id) {
+                    self.exited(&id, end).await;
                 }
                 return Ok(Answer::Container(id));
             }
@@ -737,7 +737,7 @@ impl Owner {
                     self.spawn(Op::Mend, checkpoint::mend(self.pod.clone(), broken));
                 }
                 for seen in exits {
-                    self.exited(&seen.id, seen.at, seen.how).await;
+                    self.exited(&seen.id, seen.end).await;
                 }
                 let ended: Vec<_> = self
                     .containers
@@ -755,7 +755,7 @@ impl Owner {
                 self.link.send_replace(Link::Down);
                 services.shims.let_go(&self.pod.id);
                 for seen in exits {
-                    self.exited(&seen.id, seen.at, seen.how).await;
+                    self.exited(&seen.id, seen.end).await;
                 }
                 let mut record = (*self.record).clone();
                 record.state = PodState::NotReady;
@@ -773,7 +773,7 @@ impl Owner {
                 }
             }
             Effect::Ended(seen) => {
-                if !self.exited(&seen.id, seen.at, seen.how).await {
+                if !self.exited(&seen.id, seen.end).await {
                     // The exit record keeps it meanwhile.
                     self.watch_foreign(&seen.id, RETRY);
                 }
@@ -803,7 +803,7 @@ impl Owner {
                     code: container::start_failure_code(error),
                     message: chain(error),
                 };
-                self.exited(&id.clone(), SystemTime::now(), how).await;
+                self.exited(&id.clone(), End::new(SystemTime::now(), how)).await;
             }
             Op::Create(..) => {
                 if let Some(id) = self.making.remove(op) {
@@ -915,10 +915,10 @@ impl Owner {
     }
 
     /// Takes an exit. False: it could not be recorded and must be told again.
-    async fn exited(&mut self, id: &ContainerId, at: SystemTime, how: Exit) -> bool {
+    async fn exited(&mut self, id: &ContainerId, end: End) -> bool {
         let Some(container) = self.containers.get(id) else {
             if self.making.values().any(|making| making == id) {
-                self.early.insert(id.clone(), (at, how));
+                self.early.insert(id.clone(), end);
             }
             return true;
         };
@@ -926,8 +926,8 @@ impl Owner {
             return true;
         }
         let name = container.view.record.config.name.clone();
-        let (code, reason) = (how.code(), how.reason());
-        match self.change(id, Change::Exited { at, how }).await {
+        let (code, reason) = (end.how.code(), end.how.reason());
+        match self.change(id, Change::Exited(end)).await {
             Ok(()) => {
                 info!(container = id.short(), name, code, "container ended");
                 let exits = &crate::metrics::counts().container_exits;

@@ -153,6 +153,7 @@ impl Pod {
             init,
             execs: Mutex::default(),
             cgroup: saved.cgroup.map_or_else(OnceLock::new, OnceLock::from),
+            started_at: saved.started_at.map_or_else(OnceLock::new, OnceLock::from),
             oom_kills_before: saved.oom_kills_before.map_or_else(OnceLock::new, OnceLock::from),
             shares_pids: saved.shares_pids,
             paused: AtomicBool::new(saved.paused),

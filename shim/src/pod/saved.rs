@@ -61,6 +61,8 @@ pub(super) struct SavedContainer {
     pub(super) execs: Vec<(String, SavedProcess)>,
     #[serde(default)]
     pub(super) cgroup: Option<Cgroup>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) started_at: Option<SystemTime>,
     #[serde(default)]
     pub(super) oom_kills_before: Option<u64>,
     #[serde(default)]
@@ -181,6 +183,7 @@ impl Container {
             init: self.init.saved(),
             execs: execs.iter().map(|(name, exec)| (name.clone(), exec.saved())).collect(),
             cgroup: self.cgroup.get().cloned(),
+            started_at: self.started_at.get().copied(),
             oom_kills_before: self.oom_kills_before.get().copied(),
             shares_pids: self.shares_pids,
             paused: self.paused.load(Ordering::Relaxed),
