@@ -19,7 +19,7 @@ use holdfast_shim::{
     crash,
 };
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{Instrument as _, error, info, warn};
 
 use super::{
     Error, Pods, Services,
@@ -267,7 +267,7 @@ pub(super) async fn reach(
     live: Vec<ContainerRecord>,
 ) -> Result<Effect, Error> {
     if !crate::boot::is_now(&record.boot) {
-        return Ok(after_boot(&services, &record, &live).await);
+        return Ok(after_boot(&services, &record, &live));
     }
     let mut pause = PAUSES.0;
     while let Some(endpoint) = &record.endpoint {
@@ -307,10 +307,15 @@ async fn after_boot(services: &Services, record: &PodRecord, live: &[ContainerRe
         };
         exits.push(Seen { id: id.clone(), at, how });
     }
-    // Its address is nobody's any more. Should this fail, stopping the pod does it, or the next start.
-    if let Err(error) = services.network.detach(&record.id).await {
-        warn!(error = %chain(&error), "the network attachment of a pod of an earlier boot stays for now");
-    }
+    // Its address is nobody's any more. Should this fail, stopping the pod does it. Nobody waits for it: the
+    // pod is gone now.
+    let (network, id) = (services.network.clone(), record.id.clone());
+    let detach = async move {
+        if let Err(error) = network.detach(&id).await {
+            warn!(error = %chain(&error), "the network attachment of a pod of an earlier boot stays for now");
+        }
+    };
+    tokio::spawn(detach.in_current_span());
     Effect::Rebooted { exits }
 }
 

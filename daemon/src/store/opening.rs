@@ -16,12 +16,13 @@ use std::{
     ffi::OsString,
     fmt, fs, io,
     path::{Path, PathBuf},
+    time::Instant,
 };
 
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{
     Error,
@@ -141,6 +142,7 @@ pub(super) fn open(
     copies: Option<&Copies>,
     boot: &str,
 ) -> Result<(Connection, Opening), Error> {
+    let begun = Instant::now();
     let mut opening = Opening { path: path.to_owned(), ..Opening::default() };
     let absent = match fs::metadata(path) {
         Ok(meta) if meta.len() == 0 => Some("it was empty"),
@@ -170,6 +172,7 @@ pub(super) fn open(
     if let Some(copies) = copies {
         compare(&mut db, copies, boot, absent, &mut opening)?;
     }
+    debug!(took = ?begun.elapsed(), schema = opening.schema, "the database is open");
     Ok((db, opening))
 }
 
