@@ -55,7 +55,7 @@ pub(super) async fn watch(plan: &Plan, samples: &mut Samples, sides: &mut [Side]
     let rounds = if plan.quick { 10 } else { ROUNDS };
     for question in Question::ALL {
         progress(format!("{question:?}"));
-        let (time, cpu) = question.names();
+        let (time, cpu_time) = question.names();
         for side in sides.iter_mut() {
             // Not every runtime has metrics.
             if side.column == CONTAINERD && matches!(question, Question::Metrics) {
@@ -70,7 +70,7 @@ pub(super) async fn watch(plan: &Plan, samples: &mut Samples, sides: &mut [Side]
             }
             // The kernel counts in hundredths of a second: only many calls together say something.
             let used = (cpu(side.daemon.pid())? - before).as_secs_f64() * 1000.0;
-            samples.add(cpu, side.column, used / rounds as f64);
+            samples.add(cpu_time, side.column, used / rounds as f64);
         }
     }
     for side in sides.iter_mut() {
