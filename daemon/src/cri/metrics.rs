@@ -675,14 +675,10 @@ fn container(
         devices,
     };
     let config = &record.config;
-    let image = match config.user_specified_image.is_empty() {
-        true => &config.image,
-        false => &config.user_specified_image,
-    };
     let labels = [
         config.name.clone(),
         details.path.clone(),
-        image.clone(),
+        config.asked_image().to_owned(),
         record.id.to_string(),
         pod.record.config.namespace.clone(),
         pod.record.config.name.clone(),
