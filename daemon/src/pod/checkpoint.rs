@@ -437,8 +437,7 @@ async fn capture_one(
     };
     let patient = client.clone().with_deadline(deadline - Instant::now());
     patient.checkpoint(id.as_str(), &images, Some(options)).await.map_err(|source| {
-        let said = criu::errors_of(&work.join(archive::DUMP_LOG));
-        let criu = said.map(|said| format!(" (criu: {said})")).unwrap_or_default();
+        let criu = criu::said_in(&work.join(archive::DUMP_LOG));
         Error::Checkpoint { id: id.clone(), criu, source }
     })?;
     let snapshot =
