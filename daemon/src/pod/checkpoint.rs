@@ -167,7 +167,7 @@ pub(super) async fn mend(pod: Pod, broken: BrokenOff) -> Result<Effect, Error> {
         }
     }
     broken.remove().await?;
-    Ok(Effect::Mended)
+    Ok(Effect::Done)
 }
 
 /// Whether it was paused and runs now.
