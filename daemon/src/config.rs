@@ -560,9 +560,7 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
 fn nri_validator(layers: &Layers, validator: NriValidator) -> Result<NriValidator, Error> {
     let key = Key { layers, key: "nri.validator.required_plugins".to_owned() };
     match validator.required_plugins.iter().find(|name| !is_plugin_name(name)) {
-        Some(bad) => {
-            Err(key.bad_text(bad, "a plugin's name has letters, digits and . _ + - only"))
-        }
+        Some(bad) => Err(key.bad_text(bad, "a plugin's name has letters, digits and . _ + - only")),
         None => Ok(validator),
     }
 }

@@ -1,6 +1,4 @@
 //! The CRI: gRPC in, our words through, gRPC out. Nothing is decided here.
-//!
-//! RPCs that are not built yet answer UNIMPLEMENTED.
 
 mod admin;
 mod checkpoint;

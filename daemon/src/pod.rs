@@ -421,7 +421,10 @@ impl Pod {
 
     /// Puts an operation in line at the owner, behind those that were put there before. [`answered`]
     /// waits for its end.
-    async fn order(&self, request: task::Request) -> Shared<oneshot::Receiver<Shared<task::Answer>>> {
+    async fn order(
+        &self,
+        request: task::Request,
+    ) -> Shared<oneshot::Receiver<Shared<task::Answer>>> {
         let (reply, answer) = oneshot::channel();
         let command = task::Command::Request { request, reply, cause: tracing::Span::current() };
         self.commands.send(command).await.map_err(|_| Arc::new(Error::Closed))?;
