@@ -261,6 +261,63 @@ async fn a_pods_status_has_its_containers_and_a_time() -> Result<()> {
     node.finish().await
 }
 
+/// The kubelet drops an event that is older than the status it has: one that is not in that status would
+/// be lost, and a pod stand still until the next relist.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_status_knows_every_event_that_is_older() -> Result<()> {
+    const CONTAINERS: usize = 30;
+    let mut node = Node::start().await?;
+    let image = node.busybox().await?;
+    let pod = node.pod("a").host_network().run().await?;
+    let mut events = subscribe(&node).await?;
+    let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let askers = (0..4).map(|_| {
+        let (mut client, id, done) = (node.cri().runtime(), pod.id.clone(), done.clone());
+        tokio::spawn(async move {
+            let mut told = Vec::new();
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                let request =
+                    cri::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: false };
+                let status = client.pod_sandbox_status(request).await?.into_inner();
+                let states: BTreeMap<_, _> =
+                    status.containers_statuses.iter().map(|c| (c.id.clone(), c.state())).collect();
+                told.push((status.timestamp, states));
+            }
+            Ok::<_, tonic::Status>(told)
+        })
+    });
+    let askers: Vec<_> = askers.collect();
+    for number in 0..CONTAINERS {
+        let container = pod.container(&image).name(&format!("c{number}")).sh("true");
+        container.start().await?.wait().await?;
+    }
+    done.store(true, std::sync::atomic::Ordering::Relaxed);
+    let mut happened = Vec::new();
+    let mut stopped = 0;
+    while stopped < CONTAINERS {
+        let event = tokio::time::timeout(Duration::from_secs(10), events.message()).await??;
+        let event = event.context("the stream ended")?;
+        stopped += usize::from(event.container_event_type() == Type::ContainerStoppedEvent);
+        happened.push((event.created_at, event.container_id.clone(), event.container_event_type()));
+    }
+    for asker in askers {
+        let told = asker.await??;
+        ensure!(told.len() > CONTAINERS, "{} questions are none", told.len());
+        for (at, states) in told {
+            for (_, id, kind) in happened.iter().filter(|(then, id, _)| *then < at && *id != pod.id)
+            {
+                let state = states.get(id).with_context(|| format!("{id} is not told of"))?;
+                ensure!(
+                    *kind != Type::ContainerStoppedEvent
+                        || *state == cri::ContainerState::ContainerExited,
+                    "a status of {at} says {state:?} of {id}, and that was told to have ended before"
+                );
+            }
+        }
+    }
+    node.finish().await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_subscription_ends_with_the_daemon_and_leaves_nothing() -> Result<()> {
     let mut node = Node::start().await?;
