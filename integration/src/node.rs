@@ -582,6 +582,23 @@ impl Node {
         .with_context(|| self.daemon_log(60))
     }
 
+    /// The same while containers run that start processes and end them all the time. What was added
+    /// at first must be gone, and of what is added since then nothing but processes may be there.
+    ///
+    /// # Errors
+    /// Something stays; the error lists it.
+    pub async fn nothing_stays_since(&self, before: &Inventory) -> Result<()> {
+        let mut stays = self.inventory().without(before);
+        eventually(SETTLE, "everything to be gone", async || {
+            let added = self.inventory().without(before);
+            stays = stays.both(&added);
+            let left = stays.with(&added.except("process"));
+            Ok(Look::when(left.is_empty(), || format!("still there:\n{left}")))
+        })
+        .await
+        .with_context(|| self.daemon_log(60))
+    }
+
     /// Stops and removes every pod through the CRI.
     ///
     /// # Errors

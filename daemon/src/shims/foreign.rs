@@ -29,7 +29,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{BINARY, CONNECT, Shims};
+use super::{BINARY, CONNECT, OBSERVER, Shims};
 use crate::{
     config::{ForeignHandler, find_program},
     error::chain,
@@ -302,7 +302,8 @@ impl Shims {
             return Ok(client);
         }
         let deadline = self.timeout + Duration::from_secs(5);
-        let client = Client::connect(endpoint, CONNECT).await?.with_deadline(deadline);
+        let client = Client::connect(endpoint, CONNECT).await?;
+        let client = client.with_deadline(deadline).with_observer(&OBSERVER);
         let mut clients = lock(&self.foreign.clients);
         Ok(clients.entry(endpoint.address.clone()).or_insert(client).clone())
     }
