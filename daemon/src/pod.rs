@@ -416,11 +416,25 @@ impl Pod {
     /// Hands an operation to the owner and waits for its end. Dropping this future ends only the
     /// waiting.
     async fn ask(&self, request: task::Request) -> Shared<task::Answer> {
+        answered(self.order(request).await?).await
+    }
+
+    /// Puts an operation in line at the owner, behind those that were put there before. [`answered`]
+    /// waits for its end.
+    async fn order(
+        &self,
+        request: task::Request,
+    ) -> Shared<oneshot::Receiver<Shared<task::Answer>>> {
         let (reply, answer) = oneshot::channel();
         let command = task::Command::Request { request, reply, cause: tracing::Span::current() };
         self.commands.send(command).await.map_err(|_| Arc::new(Error::Closed))?;
-        answer.await.map_err(|_| Arc::new(Error::Closed))?
+        Ok(answer)
     }
+}
+
+/// The end of an operation that was put in line.
+async fn answered(order: oneshot::Receiver<Shared<task::Answer>>) -> Shared<task::Answer> {
+    order.await.map_err(|_| Arc::new(Error::Closed))?
 }
 
 /// All pods.

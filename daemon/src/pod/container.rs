@@ -642,7 +642,7 @@ pub(super) async fn reap(
     id: ContainerId,
 ) -> Result<Effect, Error> {
     free(&services, shim_of(&pod).as_ref(), &id).await?;
-    Ok(Effect::Reaped)
+    Ok(Effect::Done)
 }
 
 /// A pod, and its shim as far as we know.

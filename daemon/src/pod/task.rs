@@ -205,8 +205,6 @@ pub(super) enum Effect {
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     /// Nothing of the pod.
     Done,
-    Mended,
-    Reaped,
     Linked {
         client: Client,
         /// It is a new shim.
@@ -726,7 +724,7 @@ impl Owner {
                 crash::point("daemon.update-pod.recorded");
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
-            Effect::Done | Effect::Mended | Effect::Reaped => {}
+            Effect::Done => {}
             Effect::Linked { client, endpoint, started, exits } => {
                 if endpoint.is_some() && endpoint != self.record.endpoint {
                     let record = PodRecord { endpoint, ..(*self.record).clone() };
