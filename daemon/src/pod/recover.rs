@@ -295,7 +295,7 @@ pub(super) async fn reach(
 
 /// What became of a pod of an earlier boot: all of it is gone. How its containers ended is known where their
 /// exit records are on a disk, or were taken before; of the others only that it was not after the boot.
-async fn after_boot(services: &Services, record: &PodRecord, live: &[ContainerRecord]) -> Effect {
+fn after_boot(services: &Services, record: &PodRecord, live: &[ContainerRecord]) -> Effect {
     info!("the machine was started again since the pod was made: it is gone");
     let at = crate::boot::time().unwrap_or_else(SystemTime::now);
     let mut exits = Vec::new();
