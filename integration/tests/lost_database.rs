@@ -212,7 +212,7 @@ async fn what_a_record_is_of_that_cannot_be_read_is_left_alone() -> Result<()> {
         // Its thread closes it a moment later.
         eventually(Duration::from_secs(10), "the database to be free", async || {
             Ok(match Store::open(&db) {
-                Ok(_) => Look::Is(()),
+                Ok(_) => Look::Done(()),
                 Err(error) => Look::Not(format!("{error:?}")),
             })
         })

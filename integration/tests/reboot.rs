@@ -23,7 +23,7 @@ async fn gone(container: &holdfast_integration::Container) -> Result<cri::Contai
     eventually(Duration::from_secs(20), "the container to be told as ended", async || {
         let status = container.status().await?;
         let ended = status.state() == cri::ContainerState::ContainerExited;
-        Ok(if ended { Look::Is(status) } else { Look::Not(format!("{status:?}")) })
+        Ok(if ended { Look::Done(status) } else { Look::Not(format!("{status:?}")) })
     })
     .await
 }
