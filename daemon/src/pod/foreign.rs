@@ -23,7 +23,7 @@ use tracing::{info, warn};
 use super::{
     Error, Pod, Services,
     config::{PidMode, PodRef},
-    io_at, recover, run,
+    container, io_at, recover, run,
     state::{ContainerState, Exit},
     task::Effect,
     volumes,
@@ -33,7 +33,7 @@ use crate::{
     error::chain,
     id::ContainerId,
     shims::foreign::{Mark, Unreached, nested_bundle},
-    spec::{self, NamespacePaths, PidNamespace},
+    spec::{self, PidNamespace},
     store::pods::{ContainerRecord, PodRecord},
 };
 
@@ -87,20 +87,13 @@ pub(super) async fn bring_up(services: &Services, pod: &PodRecord) -> Result<(),
     for dir in [bundle.dir().parent().unwrap_or(bundle.dir()), bundle.dir()] {
         volumes::owned_dir(dir, pod.config.namespaces.user.as_ref())?;
     }
-    let ns = &pod.config.namespaces;
     let of_pod = services.shims.pod_bundle(&pod.id);
-    let pinned = |host: bool, kind| (!host).then(|| of_pod.namespace(kind));
-    let namespaces = NamespacePaths {
-        net: pinned(ns.host_network, Namespace::Net),
-        ipc: pinned(ns.host_ipc, Namespace::Ipc),
-        uts: pinned(ns.host_network, Namespace::Uts),
-        user: ns.user.is_some().then(|| of_pod.namespace(Namespace::User)),
-        pid: match ns.pid {
-            PidMode::Node => PidNamespace::Host,
-            PidMode::Pod => PidNamespace::Path(of_pod.namespace(Namespace::Pid)),
-            PidMode::Container | PidMode::Target(_) => PidNamespace::New,
-        },
+    let pid = match pod.config.namespaces.pid {
+        PidMode::Node => PidNamespace::Host,
+        PidMode::Pod => PidNamespace::Path(of_pod.namespace(Namespace::Pid)),
+        PidMode::Container | PidMode::Target(_) => PidNamespace::New,
     };
+    let namespaces = container::pinned(&pod.config.namespaces, &of_pod, pid);
     let spec = spec::sandbox(
         &PodRef { id: &pod.id, config: &pod.config },
         &id,
