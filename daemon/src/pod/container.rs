@@ -506,7 +506,7 @@ pub(super) async fn start(
 }
 
 /// Its pid, if it runs.
-async fn runs(client: &Client, id: &ContainerId) -> Option<u32> {
+pub(super) async fn runs(client: &Client, id: &ContainerId) -> Option<u32> {
     let state = client.state(id.as_str(), "").await.ok()?;
     (state.status == TaskStatus::Running).then_some(state.pid)
 }

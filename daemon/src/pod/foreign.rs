@@ -14,7 +14,7 @@ use std::{
 use holdfast_shim::{
     bundle::{Bundle, Exit as Status, ExitRecord, Namespace},
     cgroup::Cgroup,
-    client::{self, Client, CreateTask, ErrorKind, TaskStatus},
+    client::{self, Client, CreateTask, ErrorKind},
     control::{Control, Relay},
 };
 use oci_spec::runtime::Spec;
@@ -217,10 +217,7 @@ async fn client_for_new(
 pub(super) async fn was_started(services: &Services, id: &ContainerId) -> bool {
     let bundle = services.shims.container_bundle(id);
     match services.shims.reach_foreign(&bundle).await {
-        Ok(client) => client
-            .state(id.as_str(), "")
-            .await
-            .is_ok_and(|state| state.status == TaskStatus::Running),
+        Ok(client) => container::runs(&client, id).await.is_some(),
         Err(_) => false,
     }
 }
@@ -337,21 +334,12 @@ async fn settle(
 async fn bury(services: &Services, record: &ContainerRecord) -> recover::Seen {
     let id = &record.id;
     info!(container = id.short(), "the container's shim is dead");
-    let path = services.shims.container_bundle(id).exit_record();
-    let before = ExitRecord::load(&path).ok().flatten();
-    let alive = record.state.pid().is_some_and(recover::is_alive);
     let bundle = services.shims.container_bundle(id);
+    let before = recover::Before::look(record, &bundle.exit_record());
     if let Err(error) = services.shims.end_foreign(id.as_str(), &bundle).await {
         warn!(container = id.short(), error = %chain(&error), "clean up after a dead shim");
     }
-    let (at, how) = match (before, alive) {
-        (Some(record), _) => {
-            (record.at, Exit::from_status(record.wire_status(), record.oom_killed))
-        }
-        // Nobody else was there to kill it.
-        (None, true) => (SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
-        (None, false) => (SystemTime::now(), Exit::Lost),
-    };
+    let (at, how) = before.verdict(None);
     recover::Seen { id: id.clone(), at, how }
 }
 
