@@ -216,6 +216,7 @@ fn packed(options: &Options) -> Any {
         ..Default::default()
     }
 }
+
 /// What is noted of calls, and what they take along.
 static OBSERVER: client::Observer = client::Observer {
     metadata: crate::trace::carried,
