@@ -191,6 +191,17 @@ async fn the_endpoint_counts_what_is_done() -> Result<()> {
             "{name} is looked for, and is not told"
         );
     }
+    // The guide lists all there are, and no other.
+    let guide = fs::read_to_string(deploy("../../docs/observability.md"))?;
+    let cells = guide.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next());
+    let listed = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
+    let listed: BTreeSet<&str> = listed
+        .filter(|name| name.starts_with("holdfast_"))
+        .map(|name| name.strip_suffix("_total").unwrap_or(name))
+        .collect();
+    let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+    let told: BTreeSet<&str> = families.filter(|name| name.starts_with("holdfast_")).collect();
+    assert_eq!(listed, told);
     node.finish().await
 }
 
