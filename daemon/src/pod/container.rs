@@ -11,7 +11,7 @@ use std::{
 use holdfast_shim::{
     bundle::{Bundle, Namespace},
     cgroup::Cgroup,
-    client::{self, Client, CreateTask, ErrorKind, TaskStatus},
+    client::{Client, CreateTask, ErrorKind, TaskStatus},
     crash, options,
 };
 use oci_spec::runtime::Spec;
@@ -577,31 +577,16 @@ pub(super) async fn stop(
 /// Signals a container, by the shim that there is when the first one goes.
 async fn insist(
     pod: &Pod,
-    client: Client,
+    mut client: Client,
     id: &ContainerId,
     signal: i32,
     all: bool,
 ) -> Result<(), Error> {
-    until_done(pod, client, id, "signal", async |client: &Client| {
-        client.kill(id.as_str(), "", signal as u32, all).await
-    })
-    .await
-}
-
-/// Calls the shim, and the one that there is next when it goes meanwhile, until the call has been
-/// answered. A container that no shim knows, or has any more, needs none.
-async fn until_done(
-    pod: &Pod,
-    mut client: Client,
-    id: &ContainerId,
-    what: &'static str,
-    call: impl AsyncFn(&Client) -> Result<(), client::Error>,
-) -> Result<(), Error> {
     loop {
-        match call(&client).await {
+        match client.kill(id.as_str(), "", signal as u32, all).await {
             Err(error) if error.kind() == ErrorKind::Closed => {}
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-            Err(source) => return Err(Error::Task { what, id: id.clone(), source }),
+            Err(source) => return Err(Error::Task { what: "signal", id: id.clone(), source }),
             Ok(()) => return Ok(()),
         }
         client = match pod.client_after(&client).await {
@@ -682,10 +667,21 @@ pub(super) async fn free(
     let ended = services.shims.end_foreign(id.as_str(), &bundle).await;
     ended.map_err(|source| Error::Task { what: "delete", id: id.clone(), source })?;
     if let Some((pod, client)) = shim {
-        until_done(pod, client.clone(), id, "delete", async |client: &Client| {
-            client.delete(id.as_str(), "").await.map(drop)
-        })
-        .await?;
+        let mut client = client.clone();
+        loop {
+            match client.delete(id.as_str(), "").await {
+                Ok(_) => break,
+                Err(e) if e.kind() == ErrorKind::NotFound => break,
+                Err(e) if e.kind() == ErrorKind::Closed => {}
+                Err(source) => return Err(Error::Task { what: "delete", id: id.clone(), source }),
+            }
+            // The next shim has what the dead one had.
+            client = match pod.client_after(&client).await {
+                Ok(client) => client,
+                Err(Error::PodNotReady(_)) => break,
+                Err(error) => return Err(error),
+            };
+        }
         crash::point("daemon.free.task-deleted");
     }
     let unmounted = tokio::task::spawn_blocking(move || {
