@@ -7,18 +7,29 @@
 //! directory. So "is it still needed" and "forget it" are one transaction.
 //!
 //! ```text
-//! ingest/<number>         --unpacked, fitted-->  layers/<number>   --syncfs, transaction-->  recorded
+//! lanes/<lane>/<number>   --unpacked, fitted-->  layers/<number>   --syncfs, transaction-->  recorded
 //! ingest/<number>.recipe  --------------------->  recipes/<number>
 //! ```
 //! A crash leaves directories without a row; `Images::open` gives them to the reaper. But for layers that
 //! were complete when their pull was interrupted: as long as the machine was not started again the kernel
 //! has all of them, synced or not, and the next pull goes on from there ([`Layers::adopt`]).
 //!
+//! # Lanes
+//! ext4 makes a directory's files near it, in the same block group, and does not give out inodes that were
+//! freed less than a minute (or five) ago: it looks at each of them again for each file that is made. A node
+//! that removes an image of 30,000 files and pulls another spends a third of its time there, if all layers are made
+//! below one directory. So they are made in turns below one of [`LANES`], which are in block groups of their
+//! own, because the directory that has them is marked as one whose subdirectories are unrelated (FS_TOPDIR_FL,
+//! chattr(1) "T"). A layer's number says which lane.
+//!
 //! [`Layer::archive`] gives a layer's archive again, byte for byte ([`super::recipe`]).
 //!
 //! A layer whose archive lists each directory it uses is good on any layers below it. One that
 //! implies directories ([`super::unpack`]) is fitted to the layers below (`fit`), and kept for
 //! that chain only.
+//!
+//! A layer of an artifact is a file, and its directory has that file alone. Its archive, in the sense of
+//! [`Layer::archive`], is the file's content, and its diff id the digest of that.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -36,15 +47,13 @@ use std::{
 };
 
 use holdfast_shim::crash;
-use rustix::{
-    fs::{Gid, Mode, Timespec, Timestamps, Uid, XattrFlags},
-    io::Errno,
-};
+use rustix::fs::{Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::{
+    attributes::{self, Attribute},
     erofs,
     fit::{Directory, fit},
     overlay::{self, Lower},
@@ -56,6 +65,10 @@ use crate::{
     id::Digest,
     store::{Store, images::LayerRecord},
 };
+
+/// How many lanes there are: more than the layers of most images, so that those of one that was just
+/// removed are not in the way of the next.
+pub(super) const LANES: u64 = 64;
 
 /// What names a layer in records: its directory in `layers`.
 pub type LayerId = u64;
@@ -180,7 +193,7 @@ impl Staged {
 impl Drop for Staged {
     fn drop(&mut self) {
         if !self.placed {
-            self.shared.reap(Reap::Path(self.shared.ingest.join(self.number.to_string())));
+            self.shared.reap(Reap::Path(self.shared.lane(self.number)));
             self.shared.reap(Reap::Path(self.shared.ingest.join(recipe_name(self.number))));
         }
     }
@@ -192,7 +205,7 @@ pub struct Slot(Staged);
 impl Slot {
     /// Where; does not exist yet.
     pub fn path(&self) -> PathBuf {
-        self.0.shared.ingest.join(self.0.number.to_string())
+        self.0.shared.lane(self.0.number)
     }
     /// Where its recipe goes; does not exist yet.
     pub fn recipe(&self) -> PathBuf {
@@ -219,6 +232,7 @@ struct Shared {
     layers: PathBuf,
     recipes: PathBuf,
     ingest: PathBuf,
+    lanes: PathBuf,
     bytes: AtomicU64,
     inodes: AtomicU64,
     /// The daemon ends: what is let go is left to the next start.
@@ -229,6 +243,11 @@ struct Shared {
 }
 
 impl Shared {
+    /// Where the layer of this number is made.
+    fn lane(&self, number: u64) -> PathBuf {
+        self.lanes.join((number % LANES).to_string()).join(number.to_string())
+    }
+
     fn reap(&self, what: Reap) {
         // The reaper ends with the runtime; the next start finds what is left.
         let _ = self.reaper.send(what);
@@ -253,6 +272,7 @@ impl Layers {
             layers: root.join("layers"),
             recipes: root.join("recipes"),
             ingest: root.join("ingest"),
+            lanes: root.join("lanes"),
             bytes: AtomicU64::new(0),
             inodes: AtomicU64::new(0),
             closing: AtomicBool::new(false),
@@ -338,6 +358,12 @@ impl Layers {
         get("").or_else(|| get(below))
     }
 
+    /// The same for a file of an artifact, by its digest and name.
+    pub fn find_file(&self, digest: &Digest, name: &str) -> Option<Arc<Layer>> {
+        let known = self.known.lock().expect("no panic while it is held");
+        known.get(&(digest.clone(), file_chain(name)))?.upgrade()
+    }
+
     /// Waits until nobody else fetches this layer.
     pub async fn lock(&self, diff_id: &Digest) -> OwnedMutexGuard<()> {
         let mutex = {
@@ -374,8 +400,8 @@ impl Layers {
     /// Moves a layer to its place, fitted to `below` (from the bottom) if it must be. Blocks.
     /// It is not yet synced, and not recorded.
     pub fn place(&self, mut staged: Staged, below: &[Arc<Layer>]) -> io::Result<Arc<Layer>> {
-        let from = self.shared.ingest.join(staged.number.to_string());
-        let mut chain = String::new();
+        let from = self.shared.lane(staged.number);
+        let mut chain = staged.unpacked.file.as_deref().map_or_else(String::new, file_chain);
         let mut kept = staged.unpacked.kept.take();
         if staged.depends_on_parents() {
             chain = chain_id(below.iter().map(|layer| &layer.diff_id));
@@ -465,6 +491,11 @@ pub fn lowers(layers: &[Arc<Layer>]) -> io::Result<Vec<Lower>> {
         .collect()
 }
 
+/// A file is good on any layers, but by this name alone, and never an archive of the same bytes.
+fn file_chain(name: &str) -> String {
+    format!("file:{name}")
+}
+
 fn recipe_name(number: u64) -> String {
     format!("{number}.recipe")
 }
@@ -531,23 +562,9 @@ pub fn copy_attributes(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
 }
 
 /// The extended attributes of an open file, without what overlayfs and the node keep there.
-pub(super) fn attributes_of(file: &OwnedFd) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let mut names = vec![0; 64 << 10];
-    let length = match rustix::fs::flistxattr(file, &mut names) {
-        Ok(length) => length,
-        Err(Errno::OPNOTSUPP) => 0,
-        Err(e) => return Err(e.into()),
-    };
-    let mut found = Vec::new();
-    for name in names[..length].split(|b| *b == 0) {
-        if name.is_empty() || name.starts_with(b"trusted.overlay.") || name == b"security.selinux" {
-            continue;
-        }
-        let mut value = vec![0; 64 << 10];
-        let length = rustix::fs::fgetxattr(file, OsStr::from_bytes(name), &mut value)?;
-        value.truncate(length);
-        found.push((name.to_vec(), value));
-    }
+pub(super) fn attributes_of(file: &OwnedFd) -> io::Result<Vec<Attribute>> {
+    let mut found = attributes::of_file(file)?;
+    found.retain(|(name, _)| attributes::is_content(name));
     Ok(found)
 }
 

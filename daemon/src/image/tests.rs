@@ -50,7 +50,7 @@ impl Node {
         Self::with(|_| {}).await
     }
 
-    async fn of(format: config::LayerFormat) -> Self {
+    pub(super) async fn of(format: config::LayerFormat) -> Self {
         Self::with(|config| config.layer_format = format).await
     }
 
@@ -90,6 +90,8 @@ impl Node {
         for name in ["\"\"", "\"layers\"", "\"recipes\"", "\"ingest\"", "\"snapshots\""] {
             all.remove(name);
         }
+        let lane = |name: &str| name.starts_with("\"lanes") && name.matches('/').count() < 2;
+        all.retain(|name, _| !lane(name));
         all
     }
 
@@ -112,7 +114,7 @@ impl Node {
 }
 
 /// The layers' archives, made again.
-fn archives(image: &Image) -> Vec<Vec<u8>> {
+pub(super) fn archives(image: &Image) -> Vec<Vec<u8>> {
     let again = |layer: Arc<layers::Layer>| {
         let mut archive = Vec::new();
         let mut rebuilt = layer.archive().unwrap();
@@ -439,6 +441,7 @@ async fn what_a_crash_leaves_is_removed_and_what_is_incomplete_is_not_shown() {
     let root = node.dir.path().join("images");
     std::fs::create_dir_all(root.join("layers/900/x")).unwrap();
     std::fs::create_dir_all(root.join("ingest/901/x")).unwrap();
+    std::fs::create_dir_all(root.join("lanes/8/904/x")).unwrap();
     std::fs::create_dir_all(root.join("ingest/902.recipe")).unwrap();
     std::fs::create_dir_all(root.join("recipes/903/0")).unwrap();
     std::fs::create_dir_all(root.join("snapshots").join(ContainerId::random()).join("upper"))
@@ -446,7 +449,7 @@ async fn what_a_crash_leaves_is_removed_and_what_is_incomplete_is_not_shown() {
     let node = node.again().await;
     assert_eq!(node.files(), before);
     // No number is used twice, not even that of what was just removed.
-    assert!(node.images.shared.layers.number() > 903);
+    assert!(node.images.shared.layers.number() > 904);
 
     let number = other.layers()[0].to_string();
     std::fs::rename(root.join("layers").join(&number), node.dir.path().join("lost")).unwrap();
@@ -619,10 +622,19 @@ async fn manifests_that_are_too_large_or_of_the_wrong_kind_are_refused() {
     for (text, part, kind) in [
         ("<html>login</html>".to_owned(), "manifest is not valid", Kind::Invalid),
         (
-            String::from_utf8(TestImage::new(&[]).manifest)
-                .unwrap()
-                .replace("vnd.oci.image.config.v1", "vnd.cncf.helm.config.v1"),
-            "no container image",
+            String::from_utf8(TestImage::new(&[base()]).manifest).unwrap().replace(
+                "vnd.oci.image.layer.v1.tar+gzip",
+                "vnd.oci.image.layer.v1.tar+gzip+encrypted",
+            ),
+            "encrypted layers: there is no key",
+            Kind::Unsupported,
+        ),
+        (
+            String::from_utf8(TestImage::new(&[base()]).manifest).unwrap().replace(
+                "vnd.oci.image.layer.v1.tar+gzip",
+                "vnd.cncf.helm.chart.content.v1.tar+gzip",
+            ),
+            "not a tar archive we know",
             Kind::Unsupported,
         ),
     ] {
