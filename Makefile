@@ -163,7 +163,7 @@ fuzz: root deps ## bytes of strangers, FUZZ_SECONDS=n for each target; FUZZ=name
 	  mkdir -p $$out/corpus/$$target; seeds=; case $$target in layer_*) seeds=$$out/seeds;; esac; \
 	  echo "fuzz: $$target, $(FUZZ_SECONDS) s; what it finds goes to $$out/found-*"; \
 	  TMPDIR=$$scratch $$out/$$triple/release/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 \
-	    -rss_limit_mb=1024 -print_final_stats=1 -verbosity=0 -artifact_prefix=$$out/found-$$target- $$out/corpus/$$target $$seeds; done
+	    -rss_limit_mb=1024 -print_final_stats=1 -print_funcs=0 -verbosity=0 -artifact_prefix=$$out/found-$$target- $$out/corpus/$$target $$seeds; done
 
 .PHONY: bench
 bench: root deps build ## measures against the bare runtimes, and containerd where it is installed (root)
