@@ -10,6 +10,7 @@ use tonic::Status;
 use super::{convert, metrics, stats};
 use crate::{
     events::{Event, Events, Kind},
+    metrics::Watching,
     pod::{ContainerView, PodView, Pods},
     stats::Stats,
 };
@@ -130,9 +131,10 @@ pub(super) fn pod_metrics(
 /// Changes, from now on.
 pub(super) fn events(events: &Events, pods: Pods) -> Answers<cri::ContainerEventResponse> {
     let subscription = events.subscribe(move || pods.list());
-    Box::pin(stream::unfold(subscription, |mut subscription| async {
+    let client = (subscription, Watching::begin());
+    Box::pin(stream::unfold(client, |(mut subscription, watching)| async {
         let event = subscription.next().await?;
-        Some((Ok(event_response(&event)), subscription))
+        Some((Ok(event_response(&event)), (subscription, watching)))
     }))
 }
 
