@@ -150,12 +150,7 @@ fn event_response(event: &Event) -> cri::ContainerEventResponse {
         container_event_type: kind as i32,
         created_at: convert::nanos(event.at),
         pod_sandbox_status: Some(convert::pod_status(&event.pod)),
-        containers_statuses: event
-            .pod
-            .containers
-            .values()
-            .map(|container| convert::container_status(container))
-            .collect(),
+        containers_statuses: convert::container_statuses(&event.pod),
     }
 }
 
