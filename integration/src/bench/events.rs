@@ -2,7 +2,6 @@
 //! with ten of them.
 
 use std::{
-    fs,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -10,11 +9,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use holdfast_protos::cri as api;
 
 use super::{
-    Plan, Side, progress,
+    Plan, Side, cpu, progress,
     samples::{EVENT, EVENT_TEN, Samples},
 };
 use crate::wait::{Look, eventually};
@@ -95,21 +94,4 @@ async fn one(
     ensure!(readers.len() == subscribers, "a subscription ended");
     readers.abort_all();
     Ok(Some(spent.as_secs_f64() * 1e6 / events as f64))
-}
-
-/// CPU time of a process with all of its threads, those that ended too (proc_pid_stat(5)).
-fn cpu(pid: i32) -> Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    // The name, in brackets, may have anything in it.
-    let fields = text.rsplit_once(')').context("no name in it")?.1;
-    let ticks: u64 = fields
-        .split_whitespace()
-        .skip(11)
-        .take(2)
-        .map(str::parse::<u64>)
-        .sum::<Result<u64, _>>()
-        .with_context(|| format!("no times in {path}"))?;
-    let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock")?;
-    Ok(Duration::from_secs_f64(ticks as f64 / second as f64))
 }
