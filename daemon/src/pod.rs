@@ -61,7 +61,7 @@ use crate::{
     spec,
     store::{
         self, Store,
-        pods::{ContainerRecord, PodRecord},
+        pods::{ContainerRecord, PodRecord, Unread},
     },
 };
 
@@ -454,6 +454,8 @@ struct Index {
     /// (namespace, name, uid, attempt): what the kubelet means by "the same pod".
     keys: HashMap<Key, PodId>,
     containers: BTreeMap<ContainerId, PodId>,
+    /// Pods and containers whose records this release cannot read: they are let alone.
+    unread: BTreeMap<String, Unread>,
 }
 
 type Key = (String, String, String, u32);
@@ -659,6 +661,8 @@ impl Pods {
             state: PodState::Starting,
             endpoint: None,
             ips: Vec::new(),
+            boot: crate::boot::id().to_owned(),
+            unknown: Default::default(),
         };
         let pod = self.adopt(&mut index, record, Vec::new(), Link::Pending);
         Ok(pod)
@@ -885,6 +889,23 @@ impl Pods {
                 state: state.name(),
                 what: "only one that is created or runs can be attached to",
             }),
+        }
+    }
+
+    /// Pods and containers whose records cannot be read.
+    pub(crate) fn unread(&self) -> Vec<Unread> {
+        self.index().unread.values().cloned().collect()
+    }
+
+    /// Verifies layers if that is due, and brings images that were found incomplete back.
+    pub async fn verify_images(&self) {
+        let services = &self.services;
+        services.images.pull_lost().await;
+        if services.store.opening().verify
+            && services.images.verify().await
+            && let Err(error) = services.store.verified().await
+        {
+            tracing::warn!(error = %crate::error::chain(&error), "layers are verified again at the next start");
         }
     }
 

@@ -531,6 +531,25 @@ impl Node {
         Ok(text.trim().parse()?)
     }
 
+    /// Cuts the power, as far as a test can: the daemon is dead already, now all other processes are, and
+    /// mounts, namespaces and cgroups with them. The next daemon believes that the machine was started
+    /// `at` this time (in seconds since 1970). `state_survives`: it is on a disk, and not in memory.
+    ///
+    /// # Errors
+    /// The daemon runs; something cannot be ended.
+    pub fn reboot(&mut self, at: u64, state_survives: bool) -> Result<()> {
+        ensure!(self.daemon.is_none(), "end the daemon first, in order or not");
+        self.ground.power_off()?;
+        let state = self.path().join("state");
+        if !state_survives && self.disks.is_empty() {
+            fs::remove_dir_all(&state)?;
+        }
+        self.env.retain(|(key, _)| !key.starts_with("HOLDFAST_BOOT_"));
+        self.env.push(("HOLDFAST_BOOT_ID".into(), format!("{:032x}", rand::random::<u128>())));
+        self.env.push(("HOLDFAST_BOOT_TIME".into(), at.to_string()));
+        Ok(())
+    }
+
     /// The last lines of the daemon's log.
     pub fn daemon_log(&self, lines: usize) -> String {
         let text = fs::read(self.ground.path().join("daemon.log")).unwrap_or_default();

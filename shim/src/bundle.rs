@@ -5,7 +5,7 @@
 //!            criu.conf
 //! pod        address shim.pid shim.json io.sock ns/{net,ipc,uts,user,pid} hostname hosts resolv.conf shm/
 //! ```
-//! Under containerd a bundle is both at once.
+//! Under containerd a bundle is both at once. `record.json` is the daemon's: a copy of its record.
 
 use std::{
     fs::{self, File, OpenOptions},

@@ -83,6 +83,8 @@ pub(super) async fn create(
         state: ContainerState::Creating,
         config,
         asked_resources: None,
+        rebooted: false,
+        unknown: Default::default(),
     };
     services.store.put_container(&record).await?;
     crash::point("daemon.create.intent-recorded");

@@ -215,6 +215,10 @@ pub(super) enum Effect {
     Dead {
         exits: Vec<recover::Seen>,
     },
+    /// The machine was started again.
+    Rebooted {
+        exits: Vec<recover::Seen>,
+    },
     Closed,
     Ended(recover::Seen),
     SandboxEnded,
@@ -757,6 +761,24 @@ impl Owner {
                 }
                 let mut record = (*self.record).clone();
                 record.state = PodState::NotReady;
+                self.save_pod(record).await?;
+                self.publish(self.pod.id.clone(), Kind::Stopped);
+            }
+            Effect::Rebooted { exits } => {
+                self.link.send_replace(Link::Down);
+                for seen in exits {
+                    if seen.how == Exit::Lost
+                        && let Some(container) = self.containers.get_mut(&seen.id)
+                    {
+                        let mut record = container.view.record.clone();
+                        record.rebooted = true;
+                        container.set(record);
+                    }
+                    self.exited(&seen.id, seen.at, seen.how).await;
+                }
+                let mut record = (*self.record).clone();
+                record.state = PodState::NotReady;
+                record.ips.clear();
                 self.save_pod(record).await?;
                 self.publish(self.pod.id.clone(), Kind::Stopped);
             }
