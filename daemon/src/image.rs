@@ -5,6 +5,7 @@
 //! <root>/recipes/<number>     how to make a layer's archive again      (recipe)
 //! <root>/ingest/<number>      the same on their way                    (pull, registry, archive)
 //! <root>/snapshots/<id>       containers' writable layers              (snapshots, overlay)
+//! <root>/images/<digest>.json copies of images' records                (store/copies)
 //! ```
 //! What exists is what the store says. Reads are answered from an immutable index in memory and
 //! wait for nothing. A pull is a task of its own: a caller that goes away does not end it, a caller
@@ -49,6 +50,7 @@ pub mod tarball;
 pub mod tls;
 pub mod tree;
 pub mod unpack;
+mod verify;
 
 #[cfg(test)]
 mod format_tests;
@@ -428,6 +430,9 @@ struct Shared {
     index: ArcSwap<Index>,
     /// Layers of pulls that were interrupted; holding them keeps them on disk.
     unfinished: Mutex<Vec<Arc<Layer>>>,
+    /// Names of images that were incomplete when the records were read.
+    lost: Mutex<Vec<Vec<String>>>,
+    verification: verify::Progress,
     /// Held over record and index, so that both change in the same order.
     writer: tokio::sync::Mutex<()>,
     /// By normalised references and platform.
@@ -523,8 +528,10 @@ impl Images {
             restored.insert(record.number, layers.restore(record, diff_id));
         }
         let mut index = Index::default();
+        let mut lost = Vec::new();
         for image in stored.images {
             let id = image.id.clone();
+            let called = image.names.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
             match restore(image, &restored) {
                 Some((image, names)) => {
                     for (name, target) in names {
@@ -535,6 +542,7 @@ impl Images {
                 None => {
                     // Nothing incomplete is shown; the next pull brings it back.
                     tracing::error!(image = id, "image is incomplete on disk and is forgotten");
+                    lost.push(called);
                     if let Ok(id) = id.parse() {
                         store.remove_image(&id).await?;
                     }
@@ -570,6 +578,8 @@ impl Images {
                 snapshots,
                 index: ArcSwap::from_pointee(index),
                 unfinished: Mutex::default(),
+                lost: Mutex::new(lost),
+                verification: verify::Progress::default(),
                 writer: tokio::sync::Mutex::default(),
                 flights: Mutex::default(),
                 next_flight: Default::default(),
@@ -977,6 +987,7 @@ impl Shared {
             annotations: new.annotations,
             pinned: false,
             added: added.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+            ..ImageRecord::default()
         };
         let layers = image.layers.iter().map(|layer| layer.record.clone()).collect();
         self.store
@@ -1027,6 +1038,12 @@ fn restore(
     layers: &HashMap<LayerId, Arc<Layer>>,
 ) -> Option<(Image, Vec<(String, String)>)> {
     let config = Config::parse(&stored.config).ok()?;
+    let on_disk: Vec<Arc<Layer>> =
+        stored.layers.iter().map(|number| layers.get(number).cloned()).collect::<Option<_>>()?;
+    // Those that the config names: a number alone may have become another's when records were lost.
+    if !on_disk.iter().map(|layer| &layer.diff_id).eq(&config.diff_ids) {
+        return None;
+    }
     let (digests, names) =
         stored.names.iter().map(|(name, _)| name.clone()).partition(|name| name.contains('@'));
     let image = Image {
@@ -1041,11 +1058,7 @@ fn restore(
         created: config.created,
         artifact: config.artifact,
         added: UNIX_EPOCH + std::time::Duration::from_secs(stored.record.added),
-        layers: stored
-            .layers
-            .iter()
-            .map(|number| layers.get(number).cloned())
-            .collect::<Option<_>>()?,
+        layers: on_disk,
     };
     Some((image, stored.names))
 }

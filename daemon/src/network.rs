@@ -614,7 +614,7 @@ impl Inner {
                 return Err(Error::Namespace(record.netns));
             }
             record.netns_inode = record::inode(&record.netns);
-            record.boot = record::boot_id();
+            record.boot = crate::boot::id().to_owned();
             records.write(&id, &record)?;
             crash::point("daemon.network.intent-recorded");
             Ok(record)

@@ -405,7 +405,7 @@ async fn take_over(
         }
         None => server::control_listener(&pod.bundle),
     };
-    pod.take_over_from(Saved::from_value(handed.state)?, kept, handed.unfinished).await;
+    pod.take_over_from(Saved::from_value(&handed.state)?, kept, handed.unfinished).await;
     pod.events.restore(handed.events);
     for client in handed.attached {
         match stream(client.fd) {

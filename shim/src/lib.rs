@@ -20,6 +20,7 @@ pub mod control;
 pub mod crash;
 mod fds;
 pub mod options;
+pub mod stat;
 pub mod timestamp;
 
 #[cfg(feature = "client")]
@@ -33,6 +34,8 @@ mod bootstrap;
 pub mod command_line;
 #[cfg(feature = "server")]
 mod criu;
+#[cfg(all(test, feature = "server"))]
+mod golden;
 #[cfg(feature = "server")]
 mod handover;
 #[cfg(feature = "server")]

@@ -34,11 +34,12 @@ use crate::{
     handover::{AttachedClient, Busy, Origin},
     mounts, namespaces,
     options::PodOptions,
-    process::{Owned, Reaper, lock, report, stat_of},
+    process::{Owned, Reaper, lock, report},
     publish::Events,
     relay::Relays,
     runtime::{self, Checkpoint, Place, Reason, Runtime},
     server::timestamp,
+    stat::stat_of,
     stdio::{self, Io, Sink, Source},
 };
 
@@ -849,13 +850,7 @@ impl Pod {
     fn watch_init(self: &Arc<Self>, container: Arc<Container>, owned: Arc<Owned>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let ended = owned.ended().await;
-            let _busy = Busy::begin();
-            let exit = match ended {
-                Ok(()) => owned.exit().await,
-                Err(error) => Err(error),
-            };
-            let at = SystemTime::now();
+            let End { exit, at, busy: _busy } = end_of(&owned).await;
             pod.settle(&container, owned.pid(), exit, at).await;
         });
     }
@@ -1025,13 +1020,7 @@ impl Pod {
     ) {
         let (pod, container, exec) = (self.clone(), container.id.clone(), exec.to_owned());
         tokio::spawn(async move {
-            let ended = owned.ended().await;
-            let _busy = Busy::begin();
-            let exit = match ended {
-                Ok(()) => owned.exit().await,
-                Err(error) => Err(error),
-            };
-            let at = SystemTime::now();
+            let End { exit, at, busy: _busy } = end_of(&owned).await;
             let exit = exit.unwrap_or_else(|error| {
                 report!("exec {exec} of {container}: its exit code is lost: {error}");
                 Exit::Code(255)
@@ -1356,14 +1345,8 @@ impl Pod {
     fn watch_pod_init(self: &Arc<Self>, id: String, init: Arc<Owned>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let ended = init.ended().await;
-            let _busy = Busy::begin();
-            let exit = match ended {
-                Ok(()) => init.exit().await,
-                Err(error) => Err(error),
-            };
+            let End { exit, at, busy: _busy } = end_of(&init).await;
             let exit = exit.unwrap_or(Exit::Code(255));
-            let at = SystemTime::now();
             let ended = Ended { pid: init.pid(), status: exit.wire_status(), at };
             let _ = pod.with_sandbox(&id, |sandbox| {
                 sandbox.init = None;
@@ -1524,6 +1507,25 @@ impl Pod {
     }
 }
 
+/// How a process ended that was followed.
+struct End {
+    exit: io::Result<Exit>,
+    at: SystemTime,
+    /// What follows from the end is in our hands until this is dropped.
+    busy: Busy,
+}
+
+/// Waits for a process' end.
+async fn end_of(owned: &Owned) -> End {
+    let ended = owned.ended().await;
+    let busy = Busy::begin();
+    let exit = match ended {
+        Ok(()) => owned.exit().await,
+        Err(error) => Err(error),
+    };
+    End { exit, at: SystemTime::now(), busy }
+}
+
 fn read_pid(path: &Path) -> Called<u32> {
     let text = fs::read_to_string(path).map_err(io_error("read the pid the runtime wrote"))?;
     text.trim().parse().map_err(|_| {
@@ -1538,10 +1540,7 @@ fn session(cgroup: &Cgroup, leaders: &BTreeSet<u32>) -> BTreeSet<u32> {
         .pids()
         .unwrap_or_default()
         .into_iter()
-        .filter_map(|pid| {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            parse_stat(&stat).map(|(parent, session)| (pid, (parent, session)))
-        })
+        .filter_map(|pid| stat_of(pid).map(|stat| (pid, (stat.parent, stat.session))))
         .collect();
     let belongs = |pid: &u32| {
         let (mut ancestor, session) = table[pid];
@@ -1580,24 +1579,9 @@ fn kill_session(cgroup: &Cgroup, leader: u32, mut doomed: BTreeSet<u32>) {
     }
 }
 
-/// Parent and session of /proc/PID/stat (proc_pid_stat(5)): the name before may hold anything.
-fn parse_stat(stat: &str) -> Option<(u32, u32)> {
-    let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(1);
-    let parent = fields.next()?.parse().ok()?;
-    let session = fields.nth(1)?.parse().ok()?;
-    Some((parent, session))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_process_name_cannot_mislead_the_search_for_a_session() {
-        let stat = "12 (a) b 9 (c) S 7 12 34 0 -1 4194560 1 2";
-        assert_eq!(parse_stat(stat), Some((7, 34)));
-        assert_eq!(parse_stat("nonsense"), None);
-    }
 
     #[test]
     fn streams_belong_to_whom_the_process_is_on_the_node() {

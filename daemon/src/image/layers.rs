@@ -157,11 +157,6 @@ struct Placed {
     root_listed: bool,
 }
 
-/// Names the time since the machine was started (proc_sys_kernel(5)).
-fn boot_id() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
-}
-
 /// An unpacked layer that is not in its place yet. Dropping it removes it.
 pub struct Staged {
     number: u64,
@@ -224,7 +219,6 @@ struct Shared {
     inodes: AtomicU64,
     /// The daemon ends: what is let go is left to the next start.
     closing: AtomicBool,
-    boot: String,
     /// Unbounded, as `Drop` cannot wait; it holds at most what exists on disk.
     reaper: mpsc::UnboundedSender<Reap>,
 }
@@ -257,7 +251,6 @@ impl Layers {
             bytes: AtomicU64::new(0),
             inodes: AtomicU64::new(0),
             closing: AtomicBool::new(false),
-            boot: boot_id(),
             reaper,
         });
         tokio::spawn(reap(queue, [shared.layers.clone(), shared.recipes.clone()], store));
@@ -305,7 +298,8 @@ impl Layers {
     pub fn adopt(&self, number: u64) -> Option<Arc<Layer>> {
         let path = self.shared.recipes.join(number.to_string()).join(PLACED);
         let placed: Placed = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
-        if placed.boot.is_empty() || placed.boot != self.shared.boot {
+        // With a line's end, as earlier releases wrote it.
+        if placed.boot.trim().is_empty() || placed.boot.trim() != crate::boot::id() {
             return None;
         }
         let Placed { diff_id, chain, bytes, inodes, root_listed, .. } = placed;
@@ -343,6 +337,14 @@ impl Layers {
     pub fn find_file(&self, digest: &Digest, name: &str) -> Option<Arc<Layer>> {
         let known = self.known.lock().expect("no panic while it is held");
         known.get(&(digest.clone(), file_chain(name)))?.upgrade()
+    }
+
+    /// Its content is damaged: nothing more is made of it. Who has it keeps it.
+    pub fn condemn(&self, layer: &Layer) {
+        let mut known = self.known.lock().expect("no panic while it is held");
+        known.retain(|_, other| {
+            other.upgrade().is_some_and(|other| other.record.number != layer.record.number)
+        });
     }
 
     /// Waits until nobody else fetches this layer.
@@ -405,7 +407,7 @@ impl Layers {
             kept.finish()?;
             let recipe = self.shared.ingest.join(recipe_name(staged.number));
             let placed = Placed {
-                boot: self.shared.boot.clone(),
+                boot: crate::boot::id().to_owned(),
                 diff_id: staged.diff_id.to_string(),
                 chain: chain.clone(),
                 bytes: staged.unpacked.bytes,

@@ -83,6 +83,8 @@ pub(super) async fn create(
         state: ContainerState::Creating,
         config,
         asked_resources: None,
+        rebooted: false,
+        unknown: Default::default(),
     };
     services.store.put_container(&record).await?;
     crash::point("daemon.create.intent-recorded");
@@ -640,7 +642,7 @@ pub(super) async fn reap(
     id: ContainerId,
 ) -> Result<Effect, Error> {
     free(&services, shim_of(&pod).as_ref(), &id).await?;
-    Ok(Effect::Reaped)
+    Ok(Effect::Done)
 }
 
 /// A pod, and its shim as far as we know.

@@ -19,7 +19,7 @@ use holdfast_shim::{
     crash,
 };
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{Instrument as _, error, info, warn};
 
 use super::{
     Error, Pods, Services,
@@ -31,7 +31,7 @@ use crate::{
     error::chain,
     id::{ContainerId, PodId},
     shims::Link,
-    store::pods::{ContainerRecord, PodRecord},
+    store::pods::{ContainerRecord, Loaded, PodRecord, Unread},
 };
 
 /// How long a shim may take to say who it is.
@@ -52,6 +52,13 @@ pub(super) struct Seen {
     pub(super) how: Exit,
 }
 
+impl super::Index {
+    /// Whether there is such a container, or something that is to be left alone.
+    fn has(&self, id: &str) -> bool {
+        self.containers.contains_key(id) || self.unread.contains_key(id)
+    }
+}
+
 impl Pods {
     /// Makes a pod of every record. Returns at once with everything listed; each pod reaches its
     /// shim beside it.
@@ -59,7 +66,7 @@ impl Pods {
         // FIFOs of execs that nobody waits for any more.
         remove_dir(&self.services.config.state.join("exec")).await?;
         self.set_broken_off(super::checkpoint::broken_off(&self.services));
-        let (pods, containers) = self.services.store.load().await?;
+        let Loaded { pods, containers, unread } = self.services.store.load_all().await?;
         crash::point("daemon.recover.records-read");
         let mut by_pod: BTreeMap<PodId, Vec<ContainerRecord>> = BTreeMap::new();
         for container in containers {
@@ -68,6 +75,14 @@ impl Pods {
         let count = pods.len();
         {
             let mut index = self.index_mut();
+            for record in unread {
+                error!(
+                    id = record.id,
+                    error = record.error,
+                    "a record cannot be read, perhaps a later release wrote it: what it is of is left alone"
+                );
+                index.unread.insert(record.id.clone(), record);
+            }
             for record in pods {
                 let containers = by_pod.remove(&record.id).unwrap_or_default();
                 let link = match record.state {
@@ -78,6 +93,16 @@ impl Pods {
                 self.adopt(&mut index, record, containers, link);
             }
         }
+        // Of pods that cannot be read, and with them to be left alone.
+        let mut index = self.index_mut();
+        for record in by_pod.into_values().flatten() {
+            if index.unread.contains_key(record.pod.as_str()) {
+                let (id, pod) = (record.id.to_string(), Some(record.pod.to_string()));
+                let error = "the record of its pod cannot be read".to_owned();
+                index.unread.insert(id.clone(), Unread { id, pod, error });
+            }
+        }
+        drop(index);
         info!(pods = count, "records are read");
         Ok(())
     }
@@ -89,18 +114,22 @@ impl Pods {
             warn!(error = %chain(&error), "not all leftovers could be looked for");
         }
         for id in self.services.images.snapshots() {
-            if !self.index().containers.contains_key(&id) {
+            if !self.index().has(id.as_str()) {
                 info!(container = id.short(), "removing a snapshot that no container has");
                 if let Err(error) = self.services.images.remove_snapshot(&id).await {
                     warn!(container = id.short(), error = %chain(&error), "it stays");
                 }
             }
         }
-        let known = |id: &ContainerId| self.index().containers.contains_key(id);
+        let known = |id: &ContainerId| self.index().has(id.as_str());
         super::volumes::sweep(&self.services, known).await;
         super::restore::sweep(&self.services, known).await;
         self.sweep_checkpoints().await;
-        let valid: Vec<PodId> = self.index().pods.keys().cloned().collect();
+        let valid: Vec<PodId> = {
+            let index = self.index();
+            let unread = index.unread.keys().filter_map(|id| id.parse().ok());
+            index.pods.keys().cloned().chain(unread).collect()
+        };
         if let Err(error) = self.services.network.gc(&valid).await {
             warn!(error = %chain(&error), "network leftovers stay until the next start");
         }
@@ -128,7 +157,7 @@ impl Pods {
             let name = entry.map_err(read)?.file_name();
             let Some(name) = name.to_str() else { continue };
             let index = self.index();
-            let known = index.pods.contains_key(name) || index.containers.contains_key(name);
+            let known = index.pods.contains_key(name) || index.has(name);
             if !known && name.parse::<ContainerId>().is_ok() {
                 stray.insert(name.to_owned());
             }
@@ -237,6 +266,9 @@ pub(super) async fn reach(
     record: Arc<PodRecord>,
     live: Vec<ContainerRecord>,
 ) -> Result<Effect, Error> {
+    if !crate::boot::is_now(&record.boot) {
+        return Ok(after_boot(&services, &record, &live));
+    }
     let mut pause = PAUSES.0;
     while let Some(endpoint) = &record.endpoint {
         match services.shims.connect(endpoint).await {
@@ -259,6 +291,32 @@ pub(super) async fn reach(
     }
     let exits = bury(&services, &record, &live).await;
     Ok(Effect::Dead { exits })
+}
+
+/// What became of a pod of an earlier boot: all of it is gone. How its containers ended is known where their
+/// exit records are on a disk, or were taken before; of the others only that it was not after the boot.
+fn after_boot(services: &Services, record: &PodRecord, live: &[ContainerRecord]) -> Effect {
+    info!("the machine was started again since the pod was made: it is gone");
+    let at = crate::boot::time().unwrap_or_else(SystemTime::now);
+    let mut exits = Vec::new();
+    for container in live.iter().filter(|c| !c.state.is_exited()) {
+        let id = &container.id;
+        let (at, how) = match recorded(&services.shims.container_bundle(id).exit_record()) {
+            Some(record) => (record.at, exit_of(&record)),
+            None => (at, Exit::Lost),
+        };
+        exits.push(Seen { id: id.clone(), at, how });
+    }
+    // Its address is nobody's any more. Should this fail, stopping the pod does it. Nobody waits for it: the
+    // pod is gone now.
+    let (network, id) = (services.network.clone(), record.id.clone());
+    let detach = async move {
+        if let Err(error) = network.detach(&id).await {
+            warn!(error = %chain(&error), "the network attachment of a pod of an earlier boot stays for now");
+        }
+    };
+    tokio::spawn(detach.in_current_span());
+    Effect::Rebooted { exits }
 }
 
 /// A shim that runs: either the pod's, or one that was started in place of a dead one by a daemon that

@@ -123,21 +123,20 @@ impl From<SavedEnd> for Ended {
 }
 
 impl Saved {
-    /// The same, read already.
-    pub(crate) fn from_value(value: serde_json::Value) -> Result<Self, String> {
-        Self::parse(value.to_string().as_bytes())
-    }
-
     /// Reads what a shim has written, of this release or another.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+        Self::from_value(&serde_json::from_slice(bytes).map_err(bad)?)
+    }
+
+    /// The same, when it is JSON already.
+    pub(crate) fn from_value(value: &serde_json::Value) -> Result<Self, String> {
         #[derive(Deserialize)]
         struct Versions {
             version: u32,
             needs: u32,
         }
-        let bad = |error: serde_json::Error| format!("the state of the shim before: {error}");
         // First, for in a newer one even the rest may look different.
-        let Versions { version, needs } = serde_json::from_slice(bytes).map_err(bad)?;
+        let Versions { version, needs } = Versions::deserialize(value).map_err(bad)?;
         if needs > VERSION {
             return Err(format!(
                 "the state of the shim before has version {version} and needs a shim that reads \
@@ -145,8 +144,12 @@ impl Saved {
                 env!("CARGO_PKG_VERSION")
             ));
         }
-        serde_json::from_slice(bytes).map_err(bad)
+        Self::deserialize(value).map_err(bad)
     }
+}
+
+fn bad(error: serde_json::Error) -> String {
+    format!("the state of the shim before: {error}")
 }
 
 impl Process {
@@ -279,7 +282,7 @@ mod tests {
     /// What the first release writes. It must be read for ever.
     #[test]
     fn the_state_of_the_first_version_is_read() {
-        let text = include_str!("saved_v1.json");
+        let text = include_str!("../golden/state_v1.json");
         let saved = Saved::parse(text.as_bytes()).unwrap();
         let again: serde_json::Value = serde_json::to_value(&saved).unwrap();
         let before: serde_json::Value = serde_json::from_str(text).unwrap();
