@@ -162,14 +162,13 @@ impl RuntimeService for Service {
         // claim to know what happened while it was put together.
         let at = std::time::SystemTime::now();
         let view = self.pods.find(&id).map_err(|e| to_status(&e))?.view();
-        let containers = view.containers.values();
         Ok(Response::new(cri::PodSandboxStatusResponse {
             status: Some(convert::pod_status(&view)),
             info: match request.verbose {
                 true => status::pod_info(&view),
                 false => Default::default(),
             },
-            containers_statuses: containers.map(|c| convert::container_status(c)).collect(),
+            containers_statuses: convert::container_statuses(&view),
             timestamp: convert::nanos(at),
         }))
     }

@@ -66,6 +66,7 @@ pub(crate) struct Counts {
     pub(crate) store_commit_failures: Counter,
     pub(crate) store_commit_seconds: Histogram,
     pub(crate) events: Counter,
+    pub(crate) event_subscribers: Gauge,
     pub(crate) event_resyncs: Counter,
 }
 
@@ -107,6 +108,7 @@ impl Counts {
             store_commit_failures: Counter::default(),
             store_commit_seconds: durations(),
             events: Counter::default(),
+            event_subscribers: Gauge::default(),
             event_resyncs: Counter::default(),
         }
     }
@@ -152,6 +154,22 @@ impl Drop for Pull {
         counts.pulls_in_flight.dec();
         counts.pull_seconds.observe(self.0.elapsed().as_secs_f64());
         counts.pulls.get_or_create(&[("result", self.1.into())]).inc();
+    }
+}
+
+/// A client that watches events, until it is dropped.
+pub(crate) struct Watching(());
+
+impl Watching {
+    pub(crate) fn begin() -> Self {
+        counts().event_subscribers.inc();
+        Self(())
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        counts().event_subscribers.dec();
     }
 }
 
@@ -221,6 +239,8 @@ pub(crate) fn registry(pods: Pods) -> Registry {
     let help = "How long commits took, with their jobs";
     in_seconds(&mut all, "holdfast_store_commit_duration", help, &counts.store_commit_seconds);
     all.register("holdfast_events", "Changes of pods and containers told", counts.events.clone());
+    let help = "Clients that watch changes of pods and containers";
+    all.register("holdfast_event_subscribers", help, counts.event_subscribers.clone());
     let help = "How often a slow subscriber was brought up to date";
     all.register("holdfast_event_resyncs", help, counts.event_resyncs.clone());
     all.register_collector(Box::new(scrape::Node(pods)));

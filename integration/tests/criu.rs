@@ -47,7 +47,12 @@ async fn checkpoint(container: &Container, to: &Path) -> Result<(), tonic::Statu
 }
 
 async fn counted(container: &Container) -> Result<u64> {
-    Ok(container.sh("cat /count").await?.trim().parse()?)
+    // The file is empty for a moment, each time.
+    eventually(Duration::from_secs(5), "a number", async || {
+        let text = container.sh("cat /count 2>/dev/null || true").await?;
+        Ok(text.trim().parse().map_or_else(|_| Look::Not(text.clone()), Look::Done))
+    })
+    .await
 }
 
 async fn counts_beyond(container: &Container, than: u64) -> Result<u64> {

@@ -259,7 +259,9 @@ fn mark(parent: &str, id: &str) -> Option<PathBuf> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_kubelets_cadvisor_is_answered() -> Result<()> {
-    let mut node = Node::start().await?;
+    let address = free_address()?;
+    let mut node =
+        Node::builder().config(&format!("[metrics]\naddress = {address:?}\n")).start().await?;
     let image = node.busybox().await?;
     let pod = node
         .pod("a")
@@ -343,6 +345,9 @@ async fn the_kubelets_cadvisor_is_answered() -> Result<()> {
     ensure!(before.ino() != after.ino(), "who watches cgroups does not see that it is another");
     let process = task(&first.id).await?;
     assert_eq!((process.pid, process.status()), (0, types::Status::Stopped));
+
+    // The daemon watches for its own part here; nobody else does.
+    assert_eq!(Scrape::of(&address).await?.sum("holdfast_event_subscribers", &[]), 0.0);
 
     // A daemon that dies leaves it behind; the next one knows it as soon as it is asked, and takes it
     // away with the pod.

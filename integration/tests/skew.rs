@@ -40,7 +40,7 @@ struct Story {
     pod: Pod,
     ip: String,
     go: PathBuf,
-    /// Counts, as fast as it is read.
+    /// Counts, some thousand lines a second.
     writer: Container,
     terminal: Container,
     /// Answers a line, in one line of its log that never ends.
@@ -60,7 +60,8 @@ impl Story {
         let go = node.path().join("go");
         fs::create_dir(&go)?;
         let pod = node.pod("a").shared_pids().run().await?;
-        let count = "trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo line $i; done";
+        let count = "trap 'exit 9' TERM; i=0; while :; do i=$((i+1)); echo line $i; \
+                     [ $((i % 50)) != 0 ] || usleep 2000; done";
         let writer = pod.container(&image).name("writer").sh(count).start().await?;
         let terminal = pod
             .container(&image)

@@ -626,6 +626,14 @@ pub(super) fn container_matches(view: &ContainerView, filter: &cri::ContainerFil
         && filter.label_selector.iter().all(|(k, v)| labels.get(k) == Some(v))
 }
 
+/// All containers of a pod, the newest first: the kubelet takes the first of a name for the one that
+/// counts (evented PLEG does not sort them).
+pub(super) fn container_statuses(pod: &PodView) -> Vec<cri::ContainerStatus> {
+    let mut statuses: Vec<_> = pod.containers.values().map(|c| container_status(c)).collect();
+    statuses.sort_by_key(|status| std::cmp::Reverse(status.created_at));
+    statuses
+}
+
 /// A container's status.
 pub(super) fn container_status(view: &ContainerView) -> cri::ContainerStatus {
     let record = &view.record;

@@ -10,6 +10,7 @@ use tonic::Status;
 use super::{convert, metrics, stats};
 use crate::{
     events::{Event, Events, Kind},
+    metrics::Watching,
     pod::{ContainerView, PodView, Pods},
     stats::Stats,
 };
@@ -130,9 +131,10 @@ pub(super) fn pod_metrics(
 /// Changes, from now on.
 pub(super) fn events(events: &Events, pods: Pods) -> Answers<cri::ContainerEventResponse> {
     let subscription = events.subscribe(move || pods.list());
-    Box::pin(stream::unfold(subscription, |mut subscription| async {
+    let client = (subscription, Watching::begin());
+    Box::pin(stream::unfold(client, |(mut subscription, watching)| async {
         let event = subscription.next().await?;
-        Some((Ok(event_response(&event)), subscription))
+        Some((Ok(event_response(&event)), (subscription, watching)))
     }))
 }
 
@@ -148,12 +150,7 @@ fn event_response(event: &Event) -> cri::ContainerEventResponse {
         container_event_type: kind as i32,
         created_at: convert::nanos(event.at),
         pod_sandbox_status: Some(convert::pod_status(&event.pod)),
-        containers_statuses: event
-            .pod
-            .containers
-            .values()
-            .map(|container| convert::container_status(container))
-            .collect(),
+        containers_statuses: convert::container_statuses(&event.pod),
     }
 }
 

@@ -120,7 +120,7 @@ pub const SHIM: &str = "Shim PSS per pod";
 /// That and what the daemon grew by.
 pub const POD_MEMORY: &str = "Shim + daemon per pod";
 
-/// How much more a shim has after 10,000 execs and 1 GB of output than idle.
+/// How much more a shim has after 10,000 execs and 1 GB of output than after one exec and a quarter of it.
 pub const SHIM_GROWTH: &str = "Shim PSS growth in use";
 /// 256 MB in lines of 100 bytes, to the end of the container; the floor is conmon.
 pub const LOG: &str = "Output, 256 MB";

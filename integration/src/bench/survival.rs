@@ -80,7 +80,6 @@ pub(super) async fn run(
 
 /// Waits until the daemon is connected to so many shims, as its metrics say.
 async fn until_linked(metrics: &str, pods: usize, started: Instant) -> Result<()> {
-    let wanted = format!("holdfast_shims{{state=\"connected\"}} {pods}");
     let client = Client::builder(TokioExecutor::new()).build_http::<Empty<Bytes>>();
     loop {
         let text = async {
@@ -89,7 +88,11 @@ async fn until_linked(metrics: &str, pods: usize, started: Instant) -> Result<()
             Ok::<_, anyhow::Error>(String::from_utf8_lossy(&bytes).into_owned())
         };
         let text = text.await.unwrap_or_default();
-        if text.lines().any(|line| line == wanted) {
+        let connected = text
+            .lines()
+            .find_map(|line| line.strip_prefix("holdfast_shims{state=\"connected\"} "))
+            .and_then(|count| count.parse::<f64>().ok());
+        if connected == Some(pods as f64) {
             return Ok(());
         }
         if started.elapsed() > RESTART_LIMIT {
