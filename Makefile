@@ -48,12 +48,16 @@ TEST_FEATURES := --features holdfast-cmd/failpoints
 SHIM_TEST_FEATURES := --features holdfast-cmd/failpoints
 endif
 TEST_BIN   := $(TARGET_DIR)/test-bin
+# The release before this one: its sources and its programs. What it is built of besides is ours.
+PREVIOUS   := $(TARGET_DIR)/previous
 
 # What Debian has of the things that are run: the OCI runtimes, the CNI plugins and what they call,
 # a registry, the content of test images, and other shims and runtimes to test against. No service of
 # theirs is started.
 PACKAGES   := runc crun containernetworking-plugins iproute2 iptables nftables docker-registry \
-              busybox-static e2fsprogs python3 ca-certificates gcc libc6-dev containerd runsc
+              busybox-static e2fsprogs python3 ca-certificates gcc g++ libc6-dev containerd runsc
+# What is measured beside, and nothing else needs.
+BENCH_PACKAGES := conmon
 
 ##@ Building
 .PHONY: build
@@ -122,31 +126,75 @@ test-bins: ## the binaries that the integration tests run, gathered in target/te
 	             $(TEST_OUT)/examples/orchestrator $(TRIPLE)/$(SHIM_OUT)/$(SHIM); do \
 	  ln -sfT $(TARGET_DIR)/$$file $(TEST_BIN)/$$(basename $$file); done
 
+.PHONY: previous
+previous: ## the daemon and the shim of integration/previous-release, for the tests of version skew
+	@commit=$$(sed -n '/^[^#]/{p;q;}' integration/previous-release); to=$(TEST_BIN)/previous; \
+	mkdir -p $$to $(PREVIOUS); \
+	if [ "$$(cat $(PREVIOUS)/built 2>/dev/null)" != "$$commit" ]; then \
+	  git=(git -c safe.directory='*'); \
+	  if ! "$${git[@]}" cat-file -e "$$commit^{commit}" 2>/dev/null; then \
+	    rm -f $$to/holdfastd $$to/holdfast $$to/$(SHIM); \
+	    echo "this clone does not have commit $$commit, the release before: 'git fetch --unshallow' brings it" > $$to/missing; \
+	    exit 0; fi; \
+	  rm -rf $(PREVIOUS)/built $(PREVIOUS)/src; mkdir $(PREVIOUS)/src; \
+	  : as new files, for cargo goes by their times; \
+	  "$${git[@]}" archive "$$commit" | tar -x -m -C $(PREVIOUS)/src; \
+	  : what both are made of is built once, what is built at the end lies apart; \
+	  export CARGO_BUILD_BUILD_DIR=$(TARGET_DIR) CARGO_TARGET_DIR=$(PREVIOUS)/out; cd $(PREVIOUS)/src; \
+	  $(CARGO) build --locked --workspace --bin holdfastd --bin holdfast; \
+	  RUSTFLAGS="$(SHIM_FLAGS)" $(CARGO) build --locked $(SHIM_BUILD); \
+	  echo $$commit > $(PREVIOUS)/built; fi; \
+	for file in debug/holdfastd debug/holdfast $(TRIPLE)/debug/$(SHIM); do \
+	  ln -sfT $(PREVIOUS)/out/$$file $$to/$$(basename $$file); done; \
+	rm -f $$to/missing
+
 .PHONY: test
-test: root deps lint test-bins ## everything: lints, unit tests and the tests with real runtimes (root)
-	@$(give_back); export HOLDFAST_BIN_DIR=$(TEST_BIN); \
+test: root deps lint test-bins previous ## everything: lints, unit tests and the tests with real runtimes (root)
+	@$(give_back); export HOLDFAST_BIN_DIR=$(TEST_BIN); status=0; \
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
-	  $(CARGO) test --locked --workspace --doc $(TEST_FEATURES); \
-	  $(CARGO) nextest run --locked --workspace --no-fail-fast $(TEST_FEATURES) $(TESTS); \
+	  { $(CARGO) test --locked --workspace --doc $(TEST_FEATURES) && \
+	    $(CARGO) nextest run --locked --workspace --no-fail-fast $(TEST_FEATURES) $(TESTS); } || status=$$?; \
 	else \
-	  $(CARGO) test --locked --workspace --no-fail-fast $(TEST_FEATURES) $(if $(TESTS),-- $(TESTS)); \
+	  $(CARGO) test --locked --workspace --no-fail-fast $(TEST_FEATURES) $(if $(TESTS),-- $(TESTS)) || status=$$?; \
 	fi; \
-	if [ -e $(TEST_BIN)/conformance.md ]; then echo; cat $(TEST_BIN)/conformance.md; fi
+	if [ -e $(TEST_BIN)/conformance.md ]; then echo; cat $(TEST_BIN)/conformance.md; fi; \
+	$(say_what_was_not_run); exit $$status
 
 # Seconds that a storm lasts; crash points, exits and OOM kills are at full size too.
 SOAK  ?= 600
-SOAKS ?= binary(crash_points) | binary(storm) | binary(exits) | binary(exhaustion) | binary(stuck) | binary(restart) | binary(faults)
+SOAKS ?= binary(crash_points) | binary(storm) | binary(exits) | binary(exhaustion) | binary(stuck) | binary(restart) | binary(faults) | binary(shims) | binary(skew)
 
 .PHONY: soak
-soak: root deps test-bins ## the tests of survival at full size, an hour or more (root); docs/reliability.md
-	@$(give_back); HOLDFAST_BIN_DIR=$(TEST_BIN) HOLDFAST_SOAK=$(SOAK) \
-	  $(CARGO) nextest run --locked --profile soak --no-fail-fast -p holdfast-integration -E '$(SOAKS)'
+soak: root deps test-bins previous ## the tests of survival at full size, an hour or more (root); docs/reliability.md
+	@$(give_back); status=0; HOLDFAST_BIN_DIR=$(TEST_BIN) HOLDFAST_SOAK=$(SOAK) \
+	  $(CARGO) nextest run --locked --profile soak --no-fail-fast -p holdfast-integration -E '$(SOAKS)' || status=$$?; \
+	$(say_what_was_not_run); exit $$status
 
 .PHONY: power-cuts
 power-cuts: root deps ## cuts the power 200 times while images are pulled (root); CUTS=n for another number
 	@$(give_back); HOLDFAST_POWER_CUTS=$(or $(CUTS),200) $(CARGO) test --locked -p holdfast-integration --test power -- --nocapture
 
+# libFuzzer needs to see which code is run. The compiler that builds everything else can tell it that: no
+# cargo-fuzz, and no nightly compiler.
+FUZZ_SECONDS ?= 120
+FUZZ         ?= layer_tar layer_unpack nri_frames spdy_frames websocket_messages
+FUZZ_FLAGS   := --cfg fuzzing -C debug-assertions -C overflow-checks -C codegen-units=1 -C passes=sancov-module \
+                $(addprefix -C llvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
+
+.PHONY: fuzz
+fuzz: root deps ## bytes of strangers, FUZZ_SECONDS=n for each target; FUZZ=name for one (root)
+	@cd fuzz; triple=$$(rustc -vV | sed -n 's/^host: //p'); out=$(TARGET_DIR)/fuzz; \
+	RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build --locked --release --target $$triple --target-dir $$out; \
+	./seeds.sh $$out/seeds; scratch=$$(mktemp -d -p /dev/shm); \
+	trap 'rm -rf '$$scratch'; [ -z "$${SUDO_UID:-}" ] || chown -R "$$SUDO_UID:$${SUDO_GID:-$$SUDO_UID}" $(TARGET_DIR)' EXIT; \
+	for target in $(FUZZ); do \
+	  mkdir -p $$out/corpus/$$target; seeds=; case $$target in layer_*) seeds=$$out/seeds;; esac; \
+	  echo "fuzz: $$target, $(FUZZ_SECONDS) s; what it finds goes to $$out/found-*"; \
+	  TMPDIR=$$scratch $$out/$$triple/release/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 \
+	    -rss_limit_mb=1024 -print_final_stats=1 -print_funcs=0 -verbosity=0 -artifact_prefix=$$out/found-$$target- $$out/corpus/$$target $$seeds; done
+
 .PHONY: bench
+bench: PACKAGES += $(BENCH_PACKAGES)
 bench: root deps build ## measures against the bare runtimes, and containerd where it is installed (root)
 	@$(give_back); $(CARGO) build --locked --release -p holdfast-integration --bins; \
 	mkdir -p $(TARGET_DIR)/bench-bin; \
@@ -172,6 +220,9 @@ help: ## this text
 .PHONY: root
 root:
 	@[ "$$(id -u)" -eq 0 ] || { echo "this needs root: run it with sudo" >&2; exit 1; }
+
+say_what_was_not_run = if [ -e $(TEST_BIN)/previous/missing ]; then \
+	  printf '\n%s\n' "VERSION SKEW WAS NOT TESTED (integration/tests/skew.rs): $$(cat $(TEST_BIN)/previous/missing)"; fi
 
 # After a build by root on a user's behalf the target folder is the user's again.
 give_back = if [ -n "$${SUDO_UID:-}" ]; then trap 'chown -R "$$SUDO_UID:$${SUDO_GID:-$$SUDO_UID}" $(TARGET_DIR)' EXIT; fi

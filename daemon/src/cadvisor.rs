@@ -216,14 +216,10 @@ fn of_pod(pod: &PodView) -> Container {
 fn of_container(pod: &PodView, view: &ContainerView, spec: Vec<u8>) -> Container {
     let record = &view.record;
     let config = &record.config;
-    let image = match config.user_specified_image.is_empty() {
-        true => &config.image,
-        false => &config.user_specified_image,
-    };
     Container {
         id: record.id.to_string(),
         labels: labels(&config.labels, "container"),
-        image: image.clone(),
+        image: config.asked_image().to_owned(),
         runtime: Some(runtime()),
         spec: Some(Any { type_url: SPEC.to_owned(), value: spec }),
         snapshotter: "overlayfs".to_owned(),

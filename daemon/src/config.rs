@@ -22,7 +22,7 @@ use std::{
 pub use raw::Origin;
 use raw::{
     Layers, RawConfig, RawGrpc, RawHandler, RawImages, RawLog, RawMetrics, RawNetwork, RawNri,
-    RawNriValidator, RawRuntime, RawStreaming, RawTracing,
+    RawRuntime, RawStreaming, RawTracing,
 };
 
 use serde::{Deserialize, Serialize};
@@ -262,8 +262,9 @@ pub struct Nri {
     pub validator: NriValidator,
 }
 
-/// What plugins may adjust, and which must be there.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// What plugins may adjust, and which must be there; as it is in the file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct NriValidator {
     /// No OCI hooks.
     pub reject_oci_hook_adjustment: bool,
@@ -556,22 +557,12 @@ fn resolve(layers: &Layers) -> Result<Config, Error> {
     Ok(config)
 }
 
-fn nri_validator(layers: &Layers, raw: RawNriValidator) -> Result<NriValidator, Error> {
+fn nri_validator(layers: &Layers, validator: NriValidator) -> Result<NriValidator, Error> {
     let key = Key { layers, key: "nri.validator.required_plugins".to_owned() };
-    if let Some(bad) = raw.required_plugins.iter().find(|name| !is_plugin_name(name)) {
-        let rule = "a plugin's name has letters, digits and . _ + - only";
-        return Err(key.bad_text(bad, rule));
+    match validator.required_plugins.iter().find(|name| !is_plugin_name(name)) {
+        Some(bad) => Err(key.bad_text(bad, "a plugin's name has letters, digits and . _ + - only")),
+        None => Ok(validator),
     }
-    Ok(NriValidator {
-        reject_oci_hook_adjustment: raw.reject_oci_hook_adjustment,
-        reject_runtime_default_seccomp_adjustment: raw.reject_runtime_default_seccomp_adjustment,
-        reject_unconfined_seccomp_adjustment: raw.reject_unconfined_seccomp_adjustment,
-        reject_custom_seccomp_adjustment: raw.reject_custom_seccomp_adjustment,
-        reject_namespace_adjustment: raw.reject_namespace_adjustment,
-        reject_sysctl_adjustment: raw.reject_sysctl_adjustment,
-        required_plugins: raw.required_plugins,
-        tolerate_missing_plugins_annotation: raw.tolerate_missing_plugins_annotation,
-    })
 }
 
 /// Whether NRI takes it as the name of a plugin.
@@ -866,29 +857,6 @@ fn is_executable(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
 }
 
-fn raw_of_validator(validator: &NriValidator) -> RawNriValidator {
-    let NriValidator {
-        reject_oci_hook_adjustment,
-        reject_runtime_default_seccomp_adjustment,
-        reject_unconfined_seccomp_adjustment,
-        reject_custom_seccomp_adjustment,
-        reject_namespace_adjustment,
-        reject_sysctl_adjustment,
-        required_plugins,
-        tolerate_missing_plugins_annotation,
-    } = validator.clone();
-    RawNriValidator {
-        reject_oci_hook_adjustment,
-        reject_runtime_default_seccomp_adjustment,
-        reject_unconfined_seccomp_adjustment,
-        reject_custom_seccomp_adjustment,
-        reject_namespace_adjustment,
-        reject_sysctl_adjustment,
-        required_plugins,
-        tolerate_missing_plugins_annotation,
-    }
-}
-
 /// The inverse of [`resolve`].
 fn raw_of(config: &Config) -> RawConfig {
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -984,7 +952,7 @@ fn raw_of(config: &Config) -> RawConfig {
                 .iter()
                 .map(|(name, limit)| format!("{name}={}", units::format_duration(*limit)))
                 .collect(),
-            validator: raw_of_validator(&config.nri.validator),
+            validator: config.nri.validator.clone(),
         },
         metrics: RawMetrics {
             address: config.metrics_address.map(|a| a.to_string()).unwrap_or_default(),

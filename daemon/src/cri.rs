@@ -1,6 +1,4 @@
 //! The CRI: gRPC in, our words through, gRPC out. Nothing is decided here.
-//!
-//! RPCs that are not built yet answer UNIMPLEMENTED.
 
 mod admin;
 mod checkpoint;
@@ -160,16 +158,18 @@ impl RuntimeService for Service {
     ) -> Answer<cri::PodSandboxStatusResponse> {
         let request = request.into_inner();
         let id = id("pod_sandbox_id", request.pod_sandbox_id)?;
+        // Before looking: the kubelet takes no event that is older than a status, so a status must not
+        // claim to know what happened while it was put together.
+        let at = std::time::SystemTime::now();
         let view = self.pods.find(&id).map_err(|e| to_status(&e))?.view();
-        let containers = view.containers.values();
         Ok(Response::new(cri::PodSandboxStatusResponse {
             status: Some(convert::pod_status(&view)),
             info: match request.verbose {
                 true => status::pod_info(&view),
                 false => Default::default(),
             },
-            containers_statuses: containers.map(|c| convert::container_status(c)).collect(),
-            timestamp: convert::nanos(std::time::SystemTime::now()),
+            containers_statuses: convert::container_statuses(&view),
+            timestamp: convert::nanos(at),
         }))
     }
 

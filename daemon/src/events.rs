@@ -64,11 +64,6 @@ impl Events {
         let _ = self.0.send(Event { id: id.into(), kind, at: SystemTime::now(), pod });
     }
 
-    /// How many watch.
-    pub fn subscribers(&self) -> usize {
-        self.0.receiver_count()
-    }
-
     /// From now on. `list` gives all pods as they are, for when the subscriber has fallen behind.
     pub fn subscribe<L>(&self, list: L) -> Subscription<L>
     where

@@ -1,6 +1,7 @@
 //! Everything behind the CRI socket. [`run`] is the daemon; the binary only calls it.
 
 pub mod apparmor;
+pub mod boot;
 pub mod cadvisor;
 pub mod cdi;
 pub mod checkpoint;
@@ -72,9 +73,9 @@ pub enum Error {
     #[error("{what} {path}")]
     Io { what: &'static str, path: PathBuf, source: io::Error },
     #[error(
-        "another holdfastd runs with state directory {0}: end it first, or use another directory"
+        "another holdfastd runs with {what} directory {path}: end it first, or use another directory"
     )]
-    Running(PathBuf),
+    Running { what: &'static str, path: PathBuf },
     #[error("{0} exists and is not a socket: move it away, or set grpc.socket")]
     NotASocket(PathBuf),
     #[error("database")]
@@ -103,9 +104,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     // What must not be seen in them is closed itself.
     passable_dir(&config.root).map_err(at("make", &config.root))?;
     passable_dir(&config.state).map_err(at("make", &config.state))?;
-    let _lock = lock(&config.state)?;
+    let _locks = lock(&config)?;
+    boot::settle(&config.state).map_err(at("clear of an earlier boot", &config.state))?;
 
-    let store = Store::open(&config.root.join("holdfast.db"))?;
+    let (bundles, image_copies) = (config.state.join("bundles"), config.root.join("images"));
+    let database = config.root.join("holdfast.db");
+    let store = Store::open_with_copies(&database, &bundles, &image_copies)?;
     let images = Images::open(&config.root, config.images.clone(), store.clone()).await?;
     let network = Network::open(config.network.clone(), config.root.join("cni"))?;
     let shims = Arc::new(Shims::new(&config).map_err(at("make", &config.state))?);
@@ -206,13 +210,23 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 
     let sweeper = {
         let pods = pods.clone();
-        tokio::spawn(async move { pods.sweep().await })
+        tokio::spawn(async move {
+            if let Err(error) = pods.services().store.copy_missing().await {
+                warn!(error = %chain(&error), "not all records have a copy");
+            }
+            pods.sweep().await;
+        })
+    };
+    let verifier = {
+        let pods = pods.clone();
+        tokio::spawn(async move { pods.verify_images().await })
     };
 
     shutdown.await;
     info!("ending; pods go on");
     notify::stopping();
     sweeper.abort();
+    verifier.abort();
     stop.cancel();
     let _ = end_streams.send(());
     // Requests first: what they wait for is still being done.
@@ -226,6 +240,9 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     pods.services().nri.stop().await;
     pods.services().network.drain().await;
     pods.services().images.shutdown().await;
+    if let Err(error) = pods.services().store.end_clean().await {
+        warn!(error = %chain(&error), "the next boot verifies images: that this end was clean is not on record");
+    }
     events.abort();
     // Nobody can connect any more; a client learns so at once.
     if let Err(error) = fs::remove_file(socket) {
@@ -234,12 +251,17 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     Ok(())
 }
 
-/// One daemon per state directory. Held until the process ends, however it ends.
-fn lock(state: &Path) -> Result<nix::fcntl::Flock<fs::File>, Error> {
-    let path = state.join("lock");
+/// One daemon per state directory, by a file that earlier releases lock too, and one per root directory, by
+/// the directory itself, for a full disk has room for no file. Held until the process ends, however it ends.
+fn lock(config: &Config) -> Result<[nix::fcntl::Flock<fs::File>; 2], Error> {
+    let take = |file, what, dir: &Path| {
+        nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
+            .map_err(|_| Error::Running { what, path: dir.to_owned() })
+    };
+    let path = config.state.join("lock");
     let file = fs::File::create(&path).map_err(at("make", &path))?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
-        .map_err(|_| Error::Running(state.to_owned()))
+    let root = fs::File::open(&config.root).map_err(at("open", &config.root))?;
+    Ok([take(file, "state", &config.state)?, take(root, "root", &config.root)?])
 }
 
 /// The socket of NRI plugins. Without it they cannot connect, but pods run all the same: where that must

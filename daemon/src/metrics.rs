@@ -18,7 +18,7 @@ use std::{
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
-    registry::{Registry, Unit},
+    registry::{Metric, Registry, Unit},
 };
 
 pub(crate) use self::{
@@ -66,6 +66,7 @@ pub(crate) struct Counts {
     pub(crate) store_commit_failures: Counter,
     pub(crate) store_commit_seconds: Histogram,
     pub(crate) events: Counter,
+    pub(crate) event_subscribers: Gauge,
     pub(crate) event_resyncs: Counter,
 }
 
@@ -107,6 +108,7 @@ impl Counts {
             store_commit_failures: Counter::default(),
             store_commit_seconds: durations(),
             events: Counter::default(),
+            event_subscribers: Gauge::default(),
             event_resyncs: Counter::default(),
         }
     }
@@ -155,6 +157,22 @@ impl Drop for Pull {
     }
 }
 
+/// A client that watches events, until it is dropped.
+pub(crate) struct Watching(());
+
+impl Watching {
+    pub(crate) fn begin() -> Self {
+        counts().event_subscribers.inc();
+        Self(())
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        counts().event_subscribers.dec();
+    }
+}
+
 /// What a label says of a result.
 pub(crate) fn outcome<T, E>(result: &Result<T, E>, kind: impl Fn(&E) -> Kind) -> &'static str {
     match result.as_ref().map_err(kind) {
@@ -168,20 +186,17 @@ pub(crate) fn outcome<T, E>(result: &Result<T, E>, kind: impl Fn(&E) -> Kind) ->
     }
 }
 
+fn in_seconds(all: &mut Registry, name: &str, help: &str, metric: &(impl Metric + Clone)) {
+    all.register_with_unit(name, help, Unit::Seconds, metric.clone());
+}
+
 /// Everything there is to scrape.
 pub(crate) fn registry(pods: Pods) -> Registry {
     let counts = counts();
     let mut all = Registry::default();
-    let in_seconds = |all: &mut Registry, name: &str, help: &str, metric: Histogram| {
-        all.register_with_unit(name, help, Unit::Seconds, metric);
-    };
     all.register("holdfast_grpc_requests", "Requests that have ended", counts.requests.clone());
-    all.register_with_unit(
-        "holdfast_grpc_request_duration",
-        "How long requests took; of a stream: how long it was open",
-        Unit::Seconds,
-        counts.request_seconds.clone(),
-    );
+    let help = "How long requests took; of a stream: how long it was open";
+    in_seconds(&mut all, "holdfast_grpc_request_duration", help, &counts.request_seconds);
     all.register(
         "holdfast_grpc_requests_in_flight",
         "Requests under way, streams included",
@@ -189,7 +204,7 @@ pub(crate) fn registry(pods: Pods) -> Registry {
     );
     all.register("holdfast_image_pulls", "Pulls that have ended", counts.pulls.clone());
     let help = "How long pulls took";
-    in_seconds(&mut all, "holdfast_image_pull_duration", help, counts.pull_seconds.clone());
+    in_seconds(&mut all, "holdfast_image_pull_duration", help, &counts.pull_seconds);
     let help = "Pulls under way";
     all.register("holdfast_image_pulls_in_flight", help, counts.pulls_in_flight.clone());
     all.register_with_unit(
@@ -200,26 +215,18 @@ pub(crate) fn registry(pods: Pods) -> Registry {
     );
     all.register("holdfast_shim_starts", "Shims started, or not", counts.shim_starts.clone());
     let help = "How long it took to start a shim and to connect to it";
-    in_seconds(&mut all, "holdfast_shim_start_duration", help, counts.shim_start_seconds.clone());
+    in_seconds(&mut all, "holdfast_shim_start_duration", help, &counts.shim_start_seconds);
     all.register("holdfast_shims_lost", "Shims found dead", counts.shims_lost.clone());
     all.register("holdfast_shim_calls", "Calls of shims", counts.shim_calls.clone());
-    all.register_with_unit(
-        "holdfast_shim_call_duration",
-        "How long calls of shims took",
-        Unit::Seconds,
-        counts.shim_call_seconds.clone(),
-    );
+    let help = "How long calls of shims took";
+    in_seconds(&mut all, "holdfast_shim_call_duration", help, &counts.shim_call_seconds);
     all.register(
         "holdfast_network_operations",
         "Network attachments made, taken away and checked",
         counts.network_operations.clone(),
     );
-    all.register_with_unit(
-        "holdfast_network_operation_duration",
-        "How long network operations took",
-        Unit::Seconds,
-        counts.network_seconds.clone(),
-    );
+    let help = "How long network operations took";
+    in_seconds(&mut all, "holdfast_network_operation_duration", help, &counts.network_seconds);
     let help = "Containers that ended, by reason";
     all.register("holdfast_container_exits", help, counts.container_exits.clone());
     let help = "Containers made in place of one that ended";
@@ -230,13 +237,10 @@ pub(crate) fn registry(pods: Pods) -> Registry {
     let help = "Commits that went wrong";
     all.register("holdfast_store_commit_failures", help, counts.store_commit_failures.clone());
     let help = "How long commits took, with their jobs";
-    in_seconds(
-        &mut all,
-        "holdfast_store_commit_duration",
-        help,
-        counts.store_commit_seconds.clone(),
-    );
+    in_seconds(&mut all, "holdfast_store_commit_duration", help, &counts.store_commit_seconds);
     all.register("holdfast_events", "Changes of pods and containers told", counts.events.clone());
+    let help = "Clients that watch changes of pods and containers";
+    all.register("holdfast_event_subscribers", help, counts.event_subscribers.clone());
     let help = "How often a slow subscriber was brought up to date";
     all.register("holdfast_event_resyncs", help, counts.event_resyncs.clone());
     all.register_collector(Box::new(scrape::Node(pods)));

@@ -201,15 +201,8 @@ impl Kinded for Error {
                 | Failure::Wait(_) => Kind::Internal,
             },
             Error::Argument { .. } => Kind::Invalid,
-            Error::Record { source, .. }
-                if matches!(
-                    source.kind(),
-                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-                ) =>
-            {
-                Kind::Exhausted
-            }
-            Error::Record { .. } | Error::Damaged { .. } => Kind::Internal,
+            Error::Record { source, .. } => Kind::of_disk(source),
+            Error::Damaged { .. } => Kind::Internal,
             Error::Unsupported { .. } => Kind::Unsupported,
             Error::NotAttached(_) => Kind::NotFound,
             Error::Busy | Error::Stopped => Kind::Unavailable,
@@ -621,7 +614,7 @@ impl Inner {
                 return Err(Error::Namespace(record.netns));
             }
             record.netns_inode = record::inode(&record.netns);
-            record.boot = record::boot_id();
+            record.boot = crate::boot::id().to_owned();
             records.write(&id, &record)?;
             crash::point("daemon.network.intent-recorded");
             Ok(record)

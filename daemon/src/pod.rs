@@ -61,7 +61,7 @@ use crate::{
     spec,
     store::{
         self, Store,
-        pods::{ContainerRecord, PodRecord},
+        pods::{ContainerRecord, PodRecord, Unread},
     },
 };
 
@@ -416,11 +416,25 @@ impl Pod {
     /// Hands an operation to the owner and waits for its end. Dropping this future ends only the
     /// waiting.
     async fn ask(&self, request: task::Request) -> Shared<task::Answer> {
+        answered(self.order(request).await?).await
+    }
+
+    /// Puts an operation in line at the owner, behind those that were put there before. [`answered`]
+    /// waits for its end.
+    async fn order(
+        &self,
+        request: task::Request,
+    ) -> Shared<oneshot::Receiver<Shared<task::Answer>>> {
         let (reply, answer) = oneshot::channel();
         let command = task::Command::Request { request, reply, cause: tracing::Span::current() };
         self.commands.send(command).await.map_err(|_| Arc::new(Error::Closed))?;
-        answer.await.map_err(|_| Arc::new(Error::Closed))?
+        Ok(answer)
     }
+}
+
+/// The end of an operation that was put in line.
+async fn answered(order: oneshot::Receiver<Shared<task::Answer>>) -> Shared<task::Answer> {
+    order.await.map_err(|_| Arc::new(Error::Closed))?
 }
 
 /// All pods.
@@ -440,6 +454,8 @@ struct Index {
     /// (namespace, name, uid, attempt): what the kubelet means by "the same pod".
     keys: HashMap<Key, PodId>,
     containers: BTreeMap<ContainerId, PodId>,
+    /// Pods and containers whose records this release cannot read: they are let alone.
+    unread: BTreeMap<String, Unread>,
 }
 
 type Key = (String, String, String, u32);
@@ -575,13 +591,15 @@ impl Pods {
 
     /// A container and its pod, by its whole id.
     fn find_container_exactly(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), Error> {
-        let pod = {
-            let index = self.index();
-            index.containers.get(id).and_then(|pod| index.pods.get(pod)).cloned()
-        };
-        let pod = pod.ok_or_else(|| Error::NoContainer(id.to_owned()))?;
+        let pod = self.pod_of(id).ok_or_else(|| Error::NoContainer(id.to_owned()))?;
         let view = pod.container(&id.parse().map_err(|_| Error::NoContainer(id.to_owned()))?)?;
         Ok((pod, view))
+    }
+
+    /// Whose a container is, by its whole id.
+    fn pod_of(&self, container: &str) -> Option<Pod> {
+        let index = self.index();
+        index.containers.get(container).and_then(|pod| index.pods.get(pod)).cloned()
     }
 
     /// Whether there is such a container.
@@ -645,6 +663,8 @@ impl Pods {
             state: PodState::Starting,
             endpoint: None,
             ips: Vec::new(),
+            boot: crate::boot::id().to_owned(),
+            unknown: Default::default(),
         };
         let pod = self.adopt(&mut index, record, Vec::new(), Link::Pending);
         Ok(pod)
@@ -871,6 +891,23 @@ impl Pods {
                 state: state.name(),
                 what: "only one that is created or runs can be attached to",
             }),
+        }
+    }
+
+    /// Pods and containers whose records cannot be read.
+    pub(crate) fn unread(&self) -> Vec<Unread> {
+        self.index().unread.values().cloned().collect()
+    }
+
+    /// Verifies layers if that is due, and brings images that were found incomplete back.
+    pub async fn verify_images(&self) {
+        let services = &self.services;
+        services.images.pull_lost().await;
+        if services.store.opening().verify
+            && services.images.verify().await
+            && let Err(error) = services.store.verified().await
+        {
+            tracing::warn!(error = %crate::error::chain(&error), "layers are verified again at the next start");
         }
     }
 

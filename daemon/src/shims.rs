@@ -216,6 +216,7 @@ fn packed(options: &Options) -> Any {
         ..Default::default()
     }
 }
+
 /// What is noted of calls, and what they take along.
 static OBSERVER: client::Observer = client::Observer {
     metadata: crate::trace::carried,
@@ -267,5 +268,24 @@ pub async fn connected(
     match tokio::time::timeout(deadline, up).await.ok()?.ok()?.clone() {
         Link::Up(client) => Some(client),
         Link::Pending | Link::Down => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Shims of every release read them, containerd's too: see the shim's `golden`.
+    #[test]
+    fn the_options_of_a_runtime_are_as_they_were() {
+        let any = packed(&Options {
+            binary_name: "runc".into(),
+            root: "/r".into(),
+            systemd_cgroup: true,
+            criu_work_path: "/w".into(),
+            ..Default::default()
+        });
+        assert_eq!(any.type_url, "containerd.runc.v1.Options");
+        assert_eq!(any.value, b"\x32\x04runc\x3a\x02/r\x48\x01\x5a\x02/w");
     }
 }

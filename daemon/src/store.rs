@@ -4,17 +4,30 @@
 //! share one fsync. A job's result is handed out only after the commit that holds it: what a caller
 //! has seen is on disk. Records hold *intent* (what should exist); bundles and shims hold fact.
 //!
-//! Owns the schema and its migrations. Each table's statements are in the module of its noun.
+//! Owns the schema and its migrations. Each table's statements are in the module of its noun. Of every record
+//! there is a copy elsewhere, from which a database that is lost is made again: `copies`, `opening`.
 
+pub(crate) mod copies;
 pub mod images;
+mod migrate;
+mod opening;
 pub mod pods;
 mod room;
 
-use std::{path::Path, thread};
+#[cfg(test)]
+mod tests;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
 
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
+use self::copies::Copies;
+pub use self::opening::{Damage, Opening, Restored};
 use crate::error::{Kind, Kinded};
 
 /// Jobs that wait for the store's thread. A full queue makes callers wait; nothing is dropped.
@@ -23,11 +36,6 @@ const QUEUE: usize = 1024;
 /// Most jobs that share a commit; bounds how long the first of them waits.
 const BATCH: usize = 64;
 
-/// Schema versions, oldest first; `PRAGMA user_version` counts those that were applied. A version
-/// only ever adds, so that an older daemon can still read what a newer one wrote.
-const MIGRATIONS: &[&str] =
-    &[concat!(include_str!("store/pods.sql"), "\n", include_str!("store/images.sql"))];
-
 /// Why the store did not do something.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -35,9 +43,49 @@ pub enum Error {
     #[error("open database {path}")]
     Open {
         /// Its path.
-        path: std::path::PathBuf,
+        path: PathBuf,
         /// Why.
         source: rusqlite::Error,
+    },
+    /// It is no database, or not one of ours.
+    #[error("database {path} is damaged: {what}")]
+    Damaged {
+        /// Its path.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A release that is too far ahead wrote it.
+    #[error(
+        "database {path} is of a later release (schema {found}, for releases that know schema {oldest}; this one \
+         knows {known}): install that release again, or move the file away and start: it is made anew, with all \
+         running pods and all images"
+    )]
+    Newer {
+        /// Its path.
+        path: PathBuf,
+        /// Its version.
+        found: i64,
+        /// The oldest version that may use it.
+        oldest: i64,
+        /// Ours.
+        known: i64,
+    },
+    /// A file that cannot be used cannot be renamed either.
+    #[error("set the damaged database file {path} aside")]
+    SetAside {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The copy of a record, or where copies are.
+    #[error("copies of records at {path}")]
+    Copy {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
     },
     /// A statement or commit went wrong.
     #[error("write record")]
@@ -59,7 +107,16 @@ impl Kinded for Error {
                 Kind::Exhausted
             }
             Error::Closed => Kind::Unavailable,
-            Error::Open { .. } | Error::Sql(_) | Error::Record(..) => Kind::Internal,
+            Error::Copy { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
+                Kind::Exhausted
+            }
+            Error::Open { .. }
+            | Error::Damaged { .. }
+            | Error::Newer { .. }
+            | Error::SetAside { .. }
+            | Error::Copy { .. }
+            | Error::Sql(_)
+            | Error::Record(..) => Kind::Internal,
         }
     }
 }
@@ -85,46 +142,91 @@ type Failure = (Option<rusqlite::ffi::Error>, String);
 #[derive(Clone)]
 pub struct Store {
     jobs: mpsc::Sender<Job>,
+    copies: Option<Arc<Copies>>,
+    opening: Arc<Opening>,
 }
 
 impl Store {
-    /// Opens or creates the database and brings its schema up to date.
+    /// Opens or creates the database and brings its schema up to date. It has no copies: for tests.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        Self::open_as(path, true)
+        Self::open_as(path, true, None)
+    }
+
+    /// The same, with copies of pods' and containers' records in their `bundles`, and of images' in
+    /// `images`. What is damaged or lost is made anew from them: [`Store::opening`] tells.
+    pub fn open_with_copies(path: &Path, bundles: &Path, images: &Path) -> Result<Self, Error> {
+        Self::open_as(path, true, Some(Copies::new(bundles.to_owned(), images.to_owned())))
     }
 
     /// The same beside another that is open: for tests, whose first daemon is not gone when the next
     /// one starts.
     #[cfg(test)]
     pub(crate) fn open_beside(path: &Path) -> Result<Self, Error> {
-        Self::open_as(path, false)
+        Self::open_as(path, false, None)
     }
 
-    fn open_as(path: &Path, alone: bool) -> Result<Self, Error> {
-        let open = |source| Error::Open { path: path.to_owned(), source };
+    fn open_as(path: &Path, alone: bool, copies: Option<Copies>) -> Result<Self, Error> {
         let room = room::Room::new(path);
-        private_file(path);
-        let mut db = Connection::open(path).map_err(open)?;
-        // One daemon has it, by the lock on the state directory. So the log's index is in our memory,
-        // and not in a file that a full disk has no room for (sqlite.org/wal.html, "Use of WAL
-        // Without Shared-Memory"). Before anything that opens the log.
-        if alone {
-            db.pragma_update(None, "locking_mode", "exclusive").map_err(open)?;
-        }
-        // WAL with FULL: one fsync of the log per commit, and a commit that returned survives a
-        // power cut (sqlite.org/pragma.html#pragma_synchronous).
-        db.pragma_update(None, "journal_mode", "wal").map_err(open)?;
-        db.pragma_update(None, "synchronous", "full").map_err(open)?;
-        db.pragma_update(None, "foreign_keys", true).map_err(open)?;
-        migrate(&mut db).map_err(open)?;
-        room::keep_log(&db).map_err(open)?;
+        let (db, opening) = opening::open(path, alone, copies.as_ref(), crate::boot::id())?;
         room.provide_log();
         let (jobs, queue) = mpsc::channel(QUEUE);
         thread::Builder::new()
             .name("store".into())
             .spawn(move || serve(&db, room, queue))
             .expect("a thread can be started at start-up");
-        Ok(Self { jobs })
+        Ok(Self { jobs, copies: copies.map(Arc::new), opening: Arc::new(opening) })
+    }
+
+    /// What was found when it was opened.
+    pub fn opening(&self) -> &Opening {
+        &self.opening
+    }
+
+    /// Writes the copies that are missing or old: of an earlier release's records, and of those that a
+    /// crash or a full disk came between.
+    pub async fn copy_missing(&self) -> Result<(), Error> {
+        let uncopied = self.opening.uncopied.clone();
+        let put_bundle = |id: String, of: fn(&Connection, &str) -> Result<_, Error>| {
+            let at = id.clone();
+            self.call_then(
+                move |db| of(db, &id),
+                move |copies, copy: &Option<_>| {
+                    if let Some(copy) = copy {
+                        copies.put_bundle(&at, copy);
+                    }
+                },
+            )
+        };
+        for id in uncopied.pods {
+            put_bundle(id, copies::of_pod).await?;
+        }
+        for id in uncopied.containers {
+            put_bundle(id, copies::of_container).await?;
+        }
+        for id in uncopied.images {
+            let copy = self.call_then(
+                move |db| copies::of_image(db, &id),
+                |copies, copy: &Option<_>| {
+                    if let Some(copy) = copy {
+                        copies.put_image(copy);
+                    }
+                },
+            );
+            copy.await?;
+        }
+        Ok(())
+    }
+
+    /// Layers are verified now: it need not be done again.
+    pub async fn verified(&self) -> Result<(), Error> {
+        self.call(|db| Ok(db.execute("DELETE FROM about WHERE key = 'verify'", [])?))
+            .await
+            .map(drop)
+    }
+
+    /// The daemon has ended in order: what it knows is on disk.
+    pub async fn end_clean(&self) -> Result<(), Error> {
+        self.call(|db| Ok(migrate::set_about(db, "clean", "yes")?)).await
     }
 
     /// Jobs that wait.
@@ -139,6 +241,18 @@ impl Store {
         R: Send + 'static,
         F: FnOnce(&Connection) -> Result<R, Error> + Send + 'static,
     {
+        self.call_then(job, |_, _| {}).await
+    }
+
+    /// The same, and when the commit went well `then` brings the copies up to date, on the store's thread
+    /// and before the result is handed out.
+    async fn call_then<R, F, T>(&self, job: F, then: T) -> Result<R, Error>
+    where
+        R: Send + 'static,
+        F: FnOnce(&Connection) -> Result<R, Error> + Send + 'static,
+        T: FnOnce(&Copies, &R) + Send + 'static,
+    {
+        let copies = self.copies.clone();
         let (tx, rx) = oneshot::channel();
         let job: Job = Box::new(move |db| {
             let result = isolated(db, job);
@@ -152,6 +266,9 @@ impl Store {
                         Some(text.clone()),
                     ))),
                 };
+                if let (Ok(result), Some(copies)) = (&result, &copies) {
+                    then(copies, result);
+                }
                 // The caller may have been dropped; the work is done all the same.
                 let _ = tx.send(result);
             })
@@ -195,54 +312,5 @@ fn serve(db: &Connection, mut room: room::Room, mut queue: mpsc::Receiver<Job>) 
         for reply in replies {
             reply(failure.as_ref());
         }
-    }
-}
-
-fn migrate(db: &mut Connection) -> Result<(), rusqlite::Error> {
-    let done: usize =
-        db.pragma_query_value(None, "user_version", |row| row.get::<_, i64>(0))? as usize;
-    for (index, sql) in MIGRATIONS.iter().enumerate().skip(done) {
-        let tx = db.transaction()?;
-        tx.execute_batch(sql)?;
-        tx.pragma_update(None, "user_version", (index + 1) as i64)?;
-        tx.commit()?;
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_failed_job_is_undone_alone_and_results_survive_a_reopen() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("db");
-        let store = Store::open(&path).unwrap();
-        store
-            .call(|db| Ok(db.execute_batch("CREATE TABLE t (x INTEGER PRIMARY KEY)")?))
-            .await
-            .unwrap();
-        let jobs = (0..50).map(|n| {
-            let store = store.clone();
-            tokio::spawn(async move {
-                store
-                    .call(move |db| {
-                        db.execute("INSERT INTO t VALUES (?1)", [n / 2])?;
-                        Ok(())
-                    })
-                    .await
-                    .is_ok()
-            })
-        });
-        let done = futures::future::join_all(jobs).await;
-        assert_eq!(done.into_iter().filter(|r| *r.as_ref().unwrap()).count(), 25);
-        drop(store);
-        let store = Store::open(&path).unwrap();
-        let count: i64 = store
-            .call(|db| Ok(db.query_row("SELECT count(*) FROM t", [], |r| r.get(0))?))
-            .await
-            .unwrap();
-        assert_eq!(count, 25);
     }
 }

@@ -12,6 +12,7 @@ pub mod peer;
 mod pull;
 pub mod samples;
 pub mod shim;
+mod survival;
 mod watch;
 
 use std::{
@@ -79,13 +80,17 @@ pub enum Section {
     Endurance,
     /// Subscribers of events.
     Events,
+    /// The daemon killed with a hundred pods, while one of them writes.
+    Survival,
+    /// What others notice of what never answers.
+    Stuck,
     /// The shims alone, and ours under containerd.
     Shim,
 }
 
 impl Section {
     /// In the order in which they run.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Shim,
         Self::Memory,
         Self::Restart,
@@ -95,6 +100,8 @@ impl Section {
         Self::Pull,
         Self::Endurance,
         Self::Events,
+        Self::Survival,
+        Self::Stuck,
     ];
 
     /// As `--only` takes it.
@@ -109,6 +116,8 @@ impl Section {
             Self::Events => "events",
             Self::Shim => "shim",
             Self::Endurance => "endurance",
+            Self::Survival => "survival",
+            Self::Stuck => "stuck",
         }
     }
 }
@@ -158,14 +167,23 @@ pub async fn run(plan: &Plan, samples: &mut Samples, facts: &mut Vec<String>) ->
                 shim::under_containerd(column, &peer, &image, samples).await?;
             }
         }
-        if plan.sections == [Section::Shim] {
-            return Ok(());
-        }
+    }
+    if plan.sections.contains(&Section::Stuck) {
+        progress("what never answers");
+        survival::stuck(plan, samples).await?;
+    }
+    if plan.sections.iter().all(|section| matches!(section, Section::Shim | Section::Stuck)) {
+        return Ok(());
     }
 
     let mut sides = Vec::new();
     // The harness asks for debug lines; what is shipped logs at "info".
-    let node = Node::builder().env("RUST_LOG", "info").start().await?;
+    let metrics = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+    let node = Node::builder()
+        .env("RUST_LOG", "info")
+        .config(&format!("[metrics]\naddress = {metrics:?}\n"))
+        .start()
+        .await?;
     sides.push(Side::new(Daemon::Holdfast(node), &image));
     match if plan.peer { peer::find()? } else { None } {
         Some(binary) => {
@@ -184,8 +202,10 @@ pub async fn run(plan: &Plan, samples: &mut Samples, facts: &mut Vec<String>) ->
         side.lifecycle(None).await?;
     }
 
-    let result = sections(plan, samples, facts, &mut sides, &registry, &busybox, &runc).await;
-    let mut outcome = result;
+    let mut outcome = sections(plan, samples, facts, &mut sides, &registry, &busybox, &runc).await;
+    if outcome.is_ok() && plan.sections.contains(&Section::Survival) {
+        outcome = survival::run(plan, &metrics, samples, &mut sides).await;
+    }
     for side in sides {
         let name = side.column;
         let finished = side.finish().await.with_context(|| format!("clean up after {name}"));
@@ -461,12 +481,7 @@ impl Side {
         tokio::time::sleep(SETTLE).await;
         let before = pss(self.daemon.pid())?;
         for _ in 0..PODS {
-            let (pod, config) = self.run_pod().await?;
-            let argv = ["/bin/sleep", "100000"];
-            let request = self.container_request(&pod, config.as_ref(), "idle", &argv);
-            let container = self.runtime.create_container(request).await?.into_inner().container_id;
-            let request = api::StartContainerRequest { container_id: container };
-            self.runtime.start_container(request).await?;
+            self.idle_pod().await?;
         }
         let Some(samples) = samples else { return Ok(()) };
         tokio::time::sleep(SETTLE).await;
@@ -488,25 +503,43 @@ impl Side {
         Ok(())
     }
 
-    /// Kills the daemon and starts it; until it lists all pods as ready and all containers as running.
+    /// A pod with a container that does nothing.
+    async fn idle_pod(&mut self) -> Result<()> {
+        let (pod, config) = self.run_pod().await?;
+        let argv = ["/bin/sleep", "100000"];
+        let request = self.container_request(&pod, config.as_ref(), "idle", &argv);
+        let id = self.runtime.create_container(request).await?.into_inner().container_id;
+        let request = api::StartContainerRequest { container_id: id };
+        self.runtime.start_container(request).await?;
+        Ok(())
+    }
+
     async fn restart(&mut self, samples: &mut Samples) -> Result<()> {
+        let started = self.kill_and_list(PODS).await?;
+        samples.add(RESTART, self.column, millis(started));
+        Ok(())
+    }
+
+    /// Kills the daemon and starts it, until it lists so many pods as ready and as many containers as
+    /// running; when it was started.
+    async fn kill_and_list(&mut self, pods: usize) -> Result<Instant> {
         self.daemon.kill9()?;
         let cri = self.daemon.cri().deadline(Duration::from_secs(5));
         let started = Instant::now();
         self.daemon.launch()?;
-        loop {
-            if complete(&cri).await.unwrap_or(false) {
-                break;
+        let listed = loop {
+            if complete(&cri, pods).await.unwrap_or(false) {
+                break started.elapsed();
             }
             if started.elapsed() > RESTART_LIMIT {
-                bail!("{} does not list {PODS} running pods after its restart", self.column);
+                bail!("{} does not list {pods} running pods after its restart", self.column);
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        samples.add(RESTART, self.column, millis(started));
+        };
+        progress(format!("listed after {listed:?}"));
         self.runtime = cri.deadline(Duration::from_secs(120)).runtime();
         self.images = cri.deadline(Duration::from_secs(120)).images();
-        Ok(())
+        Ok(started)
     }
 
     /// Pods with containers that were created and not started.
@@ -588,18 +621,18 @@ fn pull_request(reference: &str) -> api::PullImageRequest {
     api::PullImageRequest { image: Some(image_spec(reference)), ..Default::default() }
 }
 
-async fn complete(cri: &Cri) -> Result<bool> {
+async fn complete(cri: &Cri, pods: usize) -> Result<bool> {
     let mut runtime = cri.runtime();
     let request = api::ListPodSandboxRequest::default();
-    let pods = runtime.list_pod_sandbox(request).await?.into_inner().items;
+    let listed = runtime.list_pod_sandbox(request).await?.into_inner().items;
     let ready = |pod: &&api::PodSandbox| pod.state() == api::PodSandboxState::SandboxReady;
-    if pods.iter().filter(ready).count() != PODS {
+    if listed.iter().filter(ready).count() != pods {
         return Ok(false);
     }
     let request = api::ListContainersRequest::default();
     let containers = runtime.list_containers(request).await?.into_inner().containers;
     let running = |c: &&api::Container| c.state() == api::ContainerState::ContainerRunning;
-    Ok(containers.iter().filter(running).count() == PODS)
+    Ok(containers.iter().filter(running).count() == pods)
 }
 
 fn is_shim(pid: i32) -> bool {
@@ -616,6 +649,23 @@ fn pss(pid: i32) -> Result<f64> {
     let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
     let line = line.with_context(|| format!("no Pss in {path}"))?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// User and kernel time of a process with all of its threads, those that ended too (proc_pid_stat(5)).
+fn cpu(pid: i32) -> Result<Duration> {
+    let path = format!("/proc/{pid}/stat");
+    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    // The name, in brackets, may have anything in it.
+    let fields = text.rsplit_once(')').context("no name in it")?.1;
+    let ticks: u64 = fields
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(str::parse::<u64>)
+        .sum::<Result<u64, _>>()
+        .with_context(|| format!("no times in {path}"))?;
+    let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock")?;
+    Ok(Duration::from_secs_f64(ticks as f64 / second as f64))
 }
 
 fn progress(what: impl std::fmt::Display) {

@@ -5,7 +5,12 @@
 //! result is a directory of links. `HOLDFAST_BIN_DIR` names such a directory; without it the recipe is
 //! run once per process, which costs a second when everything is built.
 
-use std::{env, path::PathBuf, process::Command, sync::OnceLock};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 
@@ -32,11 +37,28 @@ pub fn binaries() -> Result<Binaries> {
         .map_err(|error| anyhow!(error))
 }
 
+/// Those of the release before this one, which `make previous` builds; `None`: it could not, and has
+/// said why, for a clone need not have that commit. `make test` repeats that at its end.
+///
+/// # Errors
+/// `make previous` was not run.
+pub fn previous() -> Result<Option<Binaries>> {
+    let beside = binaries()?.daemon.with_file_name("previous");
+    if let Ok(reason) = fs::read_to_string(beside.join("missing")) {
+        eprintln!("version skew is NOT tested: {}", reason.trim());
+        return Ok(None);
+    }
+    in_dir(&beside).map(Some).context("the release before this one: run 'make previous'")
+}
+
 fn find() -> Result<Binaries> {
-    let dir = match env::var_os("HOLDFAST_BIN_DIR") {
-        Some(dir) => PathBuf::from(dir),
-        None => build()?,
-    };
+    match env::var_os("HOLDFAST_BIN_DIR") {
+        Some(dir) => in_dir(Path::new(&dir)),
+        None => in_dir(&build()?),
+    }
+}
+
+fn in_dir(dir: &Path) -> Result<Binaries> {
     let binary = |name: &str| {
         let path = dir.join(name);
         ensure!(

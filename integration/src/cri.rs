@@ -30,17 +30,24 @@ pub type Admin = AdminClient<Channel>;
 pub struct Cri {
     socket: PathBuf,
     deadline: Duration,
+    window: Option<u32>,
 }
 
 impl Cri {
     /// A socket; calls have two minutes, as the kubelet gives them.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), deadline: Duration::from_secs(120) }
+        Self { socket: socket.into(), deadline: Duration::from_secs(120), window: None }
     }
 
     /// The same with another deadline for each call.
     pub fn deadline(&self, deadline: Duration) -> Self {
         Self { deadline, ..self.clone() }
+    }
+
+    /// The same with flow control windows of that many bytes, for each stream and for the whole
+    /// connection: what a server may send to a client that does not read.
+    pub fn window(&self, bytes: u32) -> Self {
+        Self { window: Some(bytes), ..self.clone() }
     }
 
     /// Path of the socket.
@@ -53,6 +60,8 @@ impl Cri {
         let socket = self.socket.clone();
         Endpoint::from_static("http://localhost")
             .timeout(self.deadline)
+            .initial_stream_window_size(self.window)
+            .initial_connection_window_size(self.window)
             .connect_with_connector_lazy(service_fn(move |_| {
                 let socket = socket.clone();
                 async move { UnixStream::connect(socket).await.map(TokioIo::new) }

@@ -120,6 +120,37 @@ impl Ground {
     }
 
     /// Kills, unmounts and removes all that belongs to it.
+    /// Ends all that a machine loses with its power: processes, mounts, cgroups, rules. Links go with their
+    /// namespaces.
+    ///
+    /// # Errors
+    /// Something stays.
+    pub fn power_off(&self) -> Result<()> {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let processes = self.processes();
+            if processes.is_empty() {
+                break;
+            }
+            ensure!(Instant::now() < end, "processes do not die: {processes:?}");
+            for pid in processes {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        let mut mounts = self.mounts();
+        mounts.sort();
+        for mount in mounts.iter().rev() {
+            let _ = umount2(mount, MntFlags::MNT_DETACH);
+        }
+        ensure!(self.mounts().is_empty(), "mounts stay: {:?}", self.mounts());
+        for cgroup in self.cgroups() {
+            let _ = fs::remove_dir(&cgroup);
+        }
+        remove_nat_rules(&self.network());
+        Ok(())
+    }
+
     fn sweep(&self) {
         sweep(&self.path, &self.id);
     }

@@ -61,6 +61,22 @@ impl Inventory {
         Self(self.0.iter().filter(keep).cloned().collect())
     }
 
+    /// Everything but the things of a kind.
+    pub fn except(&self, kind: &str) -> Self {
+        let start = format!("{kind} ");
+        Self(self.0.iter().filter(|text| !text.starts_with(&start)).cloned().collect())
+    }
+
+    /// What is here and there.
+    pub fn both(&self, other: &Self) -> Self {
+        Self(self.0.intersection(&other.0).cloned().collect())
+    }
+
+    /// What is here or there.
+    pub fn with(&self, other: &Self) -> Self {
+        Self(self.0.union(&other.0).cloned().collect())
+    }
+
     /// Whether there is nothing.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

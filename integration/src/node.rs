@@ -62,6 +62,7 @@ pub struct Builder {
     images_config: String,
     nri_config: String,
     env: Vec<(String, String)>,
+    installed: Option<Binaries>,
 }
 
 impl Default for Builder {
@@ -81,6 +82,7 @@ impl Default for Builder {
             images_config: String::new(),
             nri_config: String::new(),
             env: Vec::new(),
+            installed: None,
         }
     }
 }
@@ -164,13 +166,26 @@ impl Builder {
         self
     }
 
+    /// Runs these programs, from a directory of the node's own: [`Node::install`] can replace them.
+    pub fn installed(mut self, binaries: &Binaries) -> Self {
+        self.installed = Some(binaries.clone());
+        self
+    }
+
     /// Starts it and waits until it serves.
     ///
     /// # Errors
     /// A binary is missing; the daemon ends or does not answer: the error has the end of its log.
     pub async fn start(mut self) -> Result<Node> {
-        let binaries = binaries()?;
         let ground = Ground::new()?;
+        let binaries = match self.installed.take() {
+            Some(Binaries { daemon, shim, cli }) => Binaries {
+                daemon: install(&ground, &daemon)?,
+                shim: install(&ground, &shim)?,
+                cli: install(&ground, &cli)?,
+            },
+            None => binaries()?,
+        };
         if self.crash_points {
             let points = CrashPoints::install(&ground.path().join("crash"))?;
             self.env.push(points.variable());
@@ -424,6 +439,15 @@ impl Node {
         Ok(())
     }
 
+    /// Puts another release's program in the place of the one of this name, as a package does: what runs
+    /// goes on with the old one. For a node that was built with [`Builder::installed`].
+    ///
+    /// # Errors
+    /// It cannot be put there.
+    pub fn install(&self, program: &Path) -> Result<()> {
+        install(&self.ground, program).map(drop)
+    }
+
     /// Starts the daemon, which must not run, and waits for nothing.
     ///
     /// # Errors
@@ -507,6 +531,25 @@ impl Node {
         Ok(text.trim().parse()?)
     }
 
+    /// Cuts the power, as far as a test can: the daemon is dead already, now all other processes are, and
+    /// mounts, namespaces and cgroups with them. The next daemon believes that the machine was started
+    /// `at` this time (in seconds since 1970). `state_survives`: it is on a disk, and not in memory.
+    ///
+    /// # Errors
+    /// The daemon runs; something cannot be ended.
+    pub fn reboot(&mut self, at: u64, state_survives: bool) -> Result<()> {
+        ensure!(self.daemon.is_none(), "end the daemon first, in order or not");
+        self.ground.power_off()?;
+        let state = self.path().join("state");
+        if !state_survives && self.disks.is_empty() {
+            fs::remove_dir_all(&state)?;
+        }
+        self.env.retain(|(key, _)| !key.starts_with("HOLDFAST_BOOT_"));
+        self.env.push(("HOLDFAST_BOOT_ID".into(), format!("{:032x}", rand::random::<u128>())));
+        self.env.push(("HOLDFAST_BOOT_TIME".into(), at.to_string()));
+        Ok(())
+    }
+
     /// The last lines of the daemon's log.
     pub fn daemon_log(&self, lines: usize) -> String {
         let text = fs::read(self.ground.path().join("daemon.log")).unwrap_or_default();
@@ -552,6 +595,23 @@ impl Node {
     pub async fn nothing_left_since(&self, before: &Inventory) -> Result<()> {
         eventually(SETTLE, "everything to be gone", async || {
             let left = self.inventory().without(before);
+            Ok(Look::when(left.is_empty(), || format!("still there:\n{left}")))
+        })
+        .await
+        .with_context(|| self.daemon_log(60))
+    }
+
+    /// The same while containers run that start processes and end them all the time. What was added
+    /// at first must be gone, and of what is added since then nothing but processes may be there.
+    ///
+    /// # Errors
+    /// Something stays; the error lists it.
+    pub async fn nothing_stays_since(&self, before: &Inventory) -> Result<()> {
+        let mut stays = self.inventory().without(before);
+        eventually(SETTLE, "everything to be gone", async || {
+            let added = self.inventory().without(before);
+            stays = stays.both(&added);
+            let left = stays.with(&added.except("process"));
             Ok(Look::when(left.is_empty(), || format!("still there:\n{left}")))
         })
         .await
@@ -631,6 +691,22 @@ impl Drop for Node {
             let _ = daemon.terminate(Duration::from_secs(5));
         }
     }
+}
+
+fn install(ground: &Ground, program: &Path) -> Result<PathBuf> {
+    let name = program.file_name().context("a program has a name")?;
+    let dir = ground.path().join("bin");
+    fs::create_dir_all(&dir)?;
+    let (new, place) = (dir.join(".new"), dir.join(name));
+    let program = program.canonicalize().with_context(|| format!("{}", program.display()))?;
+    // Whatever is there may be a link to a program that is not ours to overwrite.
+    let _ = fs::remove_file(&new);
+    // A link where it can be: who forks while a copy is being written keeps it from being executed.
+    if fs::hard_link(&program, &new).is_err() {
+        fs::copy(&program, &new).with_context(|| format!("copy {}", program.display()))?;
+    }
+    fs::rename(&new, &place)?;
+    Ok(place)
 }
 
 /// A reference as the CRI takes it.

@@ -476,6 +476,7 @@ async fn a_pod_is_captured_as_one_and_restored_as_created_containers() -> Result
         options: HashMap::new(),
         container_configs: ["one", "two", "three", "done"].map(config).to_vec(),
     };
+    let before = node.inventory();
     let refused = async |change: &dyn Fn(&mut cri::RestorePodRequest), says: &str| -> Result<()> {
         let mut request = restore.clone();
         change(&mut request);
@@ -489,6 +490,7 @@ async fn a_pod_is_captured_as_one_and_restored_as_created_containers() -> Result
     refused(&|r| r.config = None, "config").await?;
     let tty = |r: &mut cri::RestorePodRequest| r.container_configs[1].tty = true;
     refused(&tty, "tty must be false").await?;
+    node.nothing_stays_since(&before).await?;
     ensure!(node.pods().await?.len() == 2, "a pod that was not restored is left");
 
     let restored = node.cri().runtime().restore_pod(restore.clone()).await?.into_inner();

@@ -2,18 +2,39 @@
 
 use std::{
     collections::BTreeMap,
+    io::{Read as _, Write as _},
+    net::TcpStream,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use holdfast_integration::{Node, Pod, eventually, node::on, wait::Look};
+use holdfast_integration::{Node, Pod, cri::Cri, eventually, node::on, wait::Look};
 use holdfast_protos::cri::{self, ContainerEventType as Type};
 use tonic::Streaming;
 
-async fn subscribe(node: &Node) -> Result<Streaming<cri::ContainerEventResponse>> {
+type Events = Streaming<cri::ContainerEventResponse>;
+
+async fn subscribe(node: &Node) -> Result<Events> {
+    subscribe_at(node.cri()).await
+}
+
+async fn subscribe_at(cri: &Cri) -> Result<Events> {
     // A subscription has no end: its connection must have no deadline.
-    let mut client = node.cri().deadline(Duration::from_secs(3600)).runtime();
+    let mut client = cri.deadline(Duration::from_secs(3600)).runtime();
     Ok(client.get_container_events(cri::GetEventsRequest {}).await?.into_inner())
+}
+
+/// The window that HTTP/2 begins with and that the kubelet's client keeps until it has measured more.
+const WINDOW: u32 = 65_535;
+
+/// How often a subscriber was brought up to date because it was too slow.
+fn resyncs(metrics: &str) -> Result<u64> {
+    let mut stream = TcpStream::connect(metrics).context("metrics")?;
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    let line = text.lines().find_map(|line| line.strip_prefix("holdfast_event_resyncs_total "));
+    Ok(line.with_context(|| format!("no such metric in {text}"))?.trim().parse()?)
 }
 
 /// What a subscriber knows, by what it was told.
@@ -78,7 +99,7 @@ async fn listed(node: &Node) -> Result<BTreeMap<String, Type>> {
 
 /// Reads until it knows what is listed.
 async fn reads_up_to(
-    stream: &mut Streaming<cri::ContainerEventResponse>,
+    stream: &mut Events,
     known: &mut Known,
     listed: &BTreeMap<String, Type>,
 ) -> Result<()> {
@@ -151,14 +172,16 @@ async fn ten_subscribers_are_told_everything_in_order() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "shows nothing yet: 748 events fit into the buffers between a daemon and a client that does not read"]
 async fn a_subscriber_that_stalls_holds_nobody_up_and_misses_no_final_state() -> Result<()> {
-    let mut node = Node::start().await?;
+    let metrics = holdfast_integration::registry::free_address()?.to_string();
+    let mut node =
+        Node::builder().config(&format!("[metrics]\naddress = {metrics:?}\n")).start().await?;
     let image = node.busybox().await?;
-    // One reads as it goes. The other does not until all is over; its buffers, the client's window and
-    // ours, are full long before: each event carries a whole pod.
-    let mut stalled = subscribe(&node).await?;
-    let mut reader = subscribe(&node).await?;
+    // One reads as it goes. The other does not until all is over: its window is full long before, for
+    // each event carries a whole pod, and then what the daemon keeps for the slow is too.
+    let narrow = node.cri().window(WINDOW);
+    let mut stalled = subscribe_at(&narrow).await?;
+    let mut reader = subscribe_at(&narrow).await?;
     let pods =
         [node.pod("a").host_network().run().await?, node.pod("b").host_network().run().await?];
     let (end, mut ended) = tokio::sync::oneshot::channel::<()>();
@@ -186,6 +209,7 @@ async fn a_subscriber_that_stalls_holds_nobody_up_and_misses_no_final_state() ->
     reads_up_to(&mut reader, &mut known, &all).await?;
     let complete = known.events;
     ensure!(complete >= 200 * 3, "only {complete} events: the load was no load");
+    assert_eq!(resyncs(&metrics)?, 0, "who reads is never behind");
     // More happens, then the one that stalled wakes up.
     let late = pods[0].container(&image).name("late").sh("exit 7").start().await?;
     late.wait().await?;
@@ -193,10 +217,8 @@ async fn a_subscriber_that_stalls_holds_nobody_up_and_misses_no_final_state() ->
     let all = listed(&node).await?;
     let mut slow = Known::default();
     reads_up_to(&mut stalled, &mut slow, &all).await?;
-    ensure!(
-        slow.events < complete,
-        "it was told all {complete} events, so nothing was full and nothing is shown"
-    );
+    assert_eq!(resyncs(&metrics)?, 1, "{} events of {complete}", slow.events);
+    ensure!(slow.events < complete, "it was told all {complete} events");
     assert_eq!(slow.last.get(&late.id), Some(&Type::ContainerStoppedEvent));
     // And from there on it is told what happens as anybody is.
     pods[0].container(&image).name("later").sh("true").start().await?.wait().await?;
@@ -219,13 +241,16 @@ async fn a_pods_status_has_its_containers_and_a_time() -> Result<()> {
             cri::PodSandboxStatusRequest { pod_sandbox_id: pod.id.clone(), verbose: false };
         anyhow::Ok(node.cri().runtime().pod_sandbox_status(request).await?.into_inner())
     };
+    // The newest first, of several that have one name too: the kubelet goes by the first.
+    let mut wanted = vec![ended.id.clone(), runs.id.clone()];
+    for attempt in 1..4 {
+        let again = pod.container(&image).name("ended").attempt(attempt).sh("exit 3");
+        wanted.insert(0, again.start().await?.id);
+    }
     let first = ask().await?;
-    let mut ids: Vec<_> = first.containers_statuses.iter().map(|c| c.id.clone()).collect();
-    ids.sort();
-    let mut wanted = vec![runs.id.clone(), ended.id.clone()];
-    wanted.sort();
+    let ids: Vec<_> = first.containers_statuses.iter().map(|c| c.id.clone()).collect();
     assert_eq!(ids, wanted);
-    for status in &first.containers_statuses {
+    for status in first.containers_statuses.iter().skip(3) {
         let alone = holdfast_integration::pod::Container::existing(node.cri(), &status.id);
         assert_eq!(*status, alone.status().await?, "the same as ContainerStatus");
     }
@@ -236,6 +261,63 @@ async fn a_pods_status_has_its_containers_and_a_time() -> Result<()> {
         Ok(Look::when(later > first.timestamp, || later.to_string()))
     })
     .await?;
+    node.finish().await
+}
+
+/// The kubelet drops an event that is older than the status it has: one that is not in that status would
+/// be lost, and a pod stand still until the next relist.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_status_knows_every_event_that_is_older() -> Result<()> {
+    const CONTAINERS: usize = 30;
+    let mut node = Node::start().await?;
+    let image = node.busybox().await?;
+    let pod = node.pod("a").host_network().run().await?;
+    let mut events = subscribe(&node).await?;
+    let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let askers = (0..4).map(|_| {
+        let (mut client, id, done) = (node.cri().runtime(), pod.id.clone(), done.clone());
+        tokio::spawn(async move {
+            let mut told = Vec::new();
+            while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                let request =
+                    cri::PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: false };
+                let status = client.pod_sandbox_status(request).await?.into_inner();
+                let states: BTreeMap<_, _> =
+                    status.containers_statuses.iter().map(|c| (c.id.clone(), c.state())).collect();
+                told.push((status.timestamp, states));
+            }
+            Ok::<_, tonic::Status>(told)
+        })
+    });
+    let askers: Vec<_> = askers.collect();
+    for number in 0..CONTAINERS {
+        let container = pod.container(&image).name(&format!("c{number}")).sh("true");
+        container.start().await?.wait().await?;
+    }
+    done.store(true, std::sync::atomic::Ordering::Relaxed);
+    let mut happened = Vec::new();
+    let mut stopped = 0;
+    while stopped < CONTAINERS {
+        let event = tokio::time::timeout(Duration::from_secs(10), events.message()).await??;
+        let event = event.context("the stream ended")?;
+        stopped += usize::from(event.container_event_type() == Type::ContainerStoppedEvent);
+        happened.push((event.created_at, event.container_id.clone(), event.container_event_type()));
+    }
+    for asker in askers {
+        let told = asker.await??;
+        ensure!(told.len() > CONTAINERS, "{} questions are none", told.len());
+        for (at, states) in told {
+            for (_, id, kind) in happened.iter().filter(|(then, id, _)| *then < at && *id != pod.id)
+            {
+                let state = states.get(id).with_context(|| format!("{id} is not told of"))?;
+                ensure!(
+                    *kind != Type::ContainerStoppedEvent
+                        || *state == cri::ContainerState::ContainerExited,
+                    "a status of {at} says {state:?} of {id}, and that was told to have ended before"
+                );
+            }
+        }
+    }
     node.finish().await
 }
 

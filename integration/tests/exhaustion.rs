@@ -71,19 +71,25 @@ async fn with_no_byte_left_for_records_and_images_everything_can_be_taken_away()
     // The container's own writes fail, and it goes on.
     writer.wait_for_log("refused").await?;
 
-    // What needs space says so, and leaves nothing: the node is looked through at the end, because the
-    // containers that run meanwhile start processes and end.
-    // A file system has crumbs left that it gives to one and not to another: what is small may be made.
-    let may = |what: &str, answer: Result<(), Status>| match answer {
-        Ok(()) => Ok(()),
-        refused => says_full(what, refused),
-    };
-    let late = pod.container(&image).name("late").sh("true").create().await;
-    may("create", late.map(drop))?;
-    may("run", node.pod("late").run().await.map(drop))?;
+    // What needs space says so, and leaves nothing.
+    let before = node.inventory();
+    // A file system has crumbs left that it gives to one and not to another: what is small may be made,
+    // and is taken away then.
+    match pod.container(&image).name("late").sh("true").create().await {
+        Ok(late) => late.remove().await?,
+        refused => says_full("create", refused.map(|late| late.id))?,
+    }
+    match node.pod("late").run().await {
+        Ok(late) => {
+            late.stop().await?;
+            late.remove().await?;
+        }
+        refused => says_full("run", refused.map(|late| late.id))?,
+    }
     let late = Image::busybox()?.layer(vec![Entry::file("l", 0o644, vec![1; 1 << 20])]);
     let late = node.registry().await?.push("test/late:1", &late.build()?).await?;
     says_full("pull", node.pull(&late).await)?;
+    node.nothing_stays_since(&before).await?;
 
     // What needs none works.
     assert_eq!(polite.sh("echo fine").await?, "fine");

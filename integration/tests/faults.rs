@@ -20,6 +20,7 @@ async fn reads_are_prompt(node: &Node) -> Result<()> {
         holdfast_integration::Pod::existing(node.cri(), &pod.id).status().await?;
     }
     let took = begun.elapsed();
+    println!("four lists and every pod's status while something hangs: {took:?}");
     ensure!(took < PROMPT, "reads took {took:?}");
     Ok(())
 }

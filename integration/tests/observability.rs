@@ -191,6 +191,17 @@ async fn the_endpoint_counts_what_is_done() -> Result<()> {
             "{name} is looked for, and is not told"
         );
     }
+    // The guide lists all there are, and no other.
+    let guide = fs::read_to_string(deploy("../../docs/observability.md"))?;
+    let cells = guide.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next());
+    let listed = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
+    let listed: BTreeSet<&str> = listed
+        .filter(|name| name.starts_with("holdfast_"))
+        .map(|name| name.strip_suffix("_total").unwrap_or(name))
+        .collect();
+    let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+    let told: BTreeSet<&str> = families.filter(|name| name.starts_with("holdfast_")).collect();
+    assert_eq!(listed, told);
     node.finish().await
 }
 
@@ -248,7 +259,9 @@ fn mark(parent: &str, id: &str) -> Option<PathBuf> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_kubelets_cadvisor_is_answered() -> Result<()> {
-    let mut node = Node::start().await?;
+    let address = free_address()?;
+    let mut node =
+        Node::builder().config(&format!("[metrics]\naddress = {address:?}\n")).start().await?;
     let image = node.busybox().await?;
     let pod = node
         .pod("a")
@@ -332,6 +345,9 @@ async fn the_kubelets_cadvisor_is_answered() -> Result<()> {
     ensure!(before.ino() != after.ino(), "who watches cgroups does not see that it is another");
     let process = task(&first.id).await?;
     assert_eq!((process.pid, process.status()), (0, types::Status::Stopped));
+
+    // The daemon watches for its own part here; nobody else does.
+    assert_eq!(Scrape::of(&address).await?.sum("holdfast_event_subscribers", &[]), 0.0);
 
     // A daemon that dies leaves it behind; the next one knows it as soon as it is asked, and takes it
     // away with the pod.

@@ -246,8 +246,8 @@ async fn a_terminal_has_the_clients_size(runtime: &str) -> Result<()> {
     keys.write_all(b"until [ \"$(stty size)\" = '50 132' ]; do sleep 0.1; done; echo is-second\n")
         .await?;
     seen.wait_for(&node, "\r\nis-second").await?;
-    // The interrupt key is a signal to what is in front.
-    keys.write_all(b"echo be-fore; sleep 1000\n").await?;
+    // The interrupt key is a signal to what is in front: whoever says so is there already.
+    keys.write_all(b"sh -c 'echo be-fore; sleep 1000'\n").await?;
     seen.wait_for(&node, "\r\nbe-fore").await?;
     keys.write_all(b"\x03").await?;
     keys.write_all(b"exit 9\n").await?;

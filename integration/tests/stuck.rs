@@ -26,7 +26,11 @@ const IMPATIENT: Duration = Duration::from_secs(1);
 /// Every read of the CRI, and the life of another pod, while something hangs.
 async fn the_rest_goes_on(node: &Node, image: &str, name: &str) -> Result<()> {
     let mut slow = Vec::new();
+    let mut longest = (Duration::ZERO, String::new());
     let mut timed = |what: &str, begun: Instant| {
+        if begun.elapsed() > longest.0 {
+            longest = (begun.elapsed(), what.to_owned());
+        }
         if begun.elapsed() > PROMPT {
             slow.push(format!("{what} took {:?}", begun.elapsed()));
         }
@@ -52,6 +56,7 @@ async fn the_rest_goes_on(node: &Node, image: &str, name: &str) -> Result<()> {
     node.cri().runtime().list_container_stats(cri::ListContainerStatsRequest::default()).await?;
     node.cri().images().image_fs_info(cri::ImageFsInfoRequest {}).await?;
     timed("stats", begun);
+    println!("the longest while something hangs: {}, {:?}", longest.1, longest.0);
     let begun = Instant::now();
     let pod = node.pod(name).host_network().run().await?;
     let container = pod.container(image).sh("exec sleep 1000").start().await?;

@@ -5,7 +5,7 @@
 //!            criu.conf
 //! pod        address shim.pid shim.json io.sock ns/{net,ipc,uts,user,pid} hostname hosts resolv.conf shm/
 //! ```
-//! Under containerd a bundle is both at once.
+//! Under containerd a bundle is both at once. `record.json` is the daemon's: a copy of its record.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -258,6 +258,12 @@ pub(crate) fn replace(path: &Path, bytes: &[u8], durable: bool) -> io::Result<()
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let (mut file, temporary) = open_beside(path)?;
     let written = (|| {
+        if !durable {
+            // ext4 begins to write out what is renamed over another file, which takes milliseconds at a
+            // disk that is busy; not where it has its blocks already. Who has no space hears of it below.
+            let length = i64::try_from(bytes.len()).unwrap_or_default();
+            let _ = nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, length);
+        }
         // Not cut before: what `reserve` took would be given back.
         file.write_all(bytes)?;
         file.set_len(bytes.len() as u64)?;

@@ -267,7 +267,7 @@ mod client {
         /// The shim does not answer within `deadline`, does not know the container, or cannot open
         /// the file; then it goes on with the file it has.
         pub async fn reopen_log(&self, container: &str, deadline: Duration) -> Result<(), Error> {
-            self.within(deadline, "reopen log", Request::Reopen(container.to_owned())).await
+            self.order("reopen log", deadline, Request::Reopen(container.to_owned())).await
         }
 
         /// Has the streams of a container that another shim runs logged and open to attach.
@@ -275,7 +275,7 @@ mod client {
         /// # Errors
         /// No answer within 10 seconds; the FIFOs or the log cannot be opened.
         pub async fn relay(&self, relay: super::Relay) -> Result<(), Error> {
-            self.within(Duration::from_secs(10), "relay streams", Request::Relay(relay)).await
+            self.order("relay streams", Duration::from_secs(10), Request::Relay(relay)).await
         }
 
         /// Passes on what is left in the streams of [`Control::relay`] and ends that.
@@ -284,19 +284,17 @@ mod client {
         /// No answer within 20 seconds.
         pub async fn settle(&self, container: &str) -> Result<(), Error> {
             let request = Request::Settle(container.to_owned());
-            self.within(Duration::from_secs(20), "settle streams", request).await
+            self.order("settle streams", Duration::from_secs(20), request).await
         }
 
-        async fn within(
-            &self,
-            deadline: Duration,
-            call: &'static str,
-            request: Request,
-        ) -> Result<(), Error> {
-            tokio::time::timeout(deadline, self.ask(call, &request))
-                .await
-                .map_err(|_| Error::Deadline { call, deadline })?
-                .map(|_| ())
+        /// Has the shim replace its code by that of `binary`, an absolute path. Its Task connections break
+        /// and can be made again at once; everything else goes on.
+        ///
+        /// # Errors
+        /// It cannot be, and the old code goes on (`Precondition`, and `Invalid` or `Unimplemented` from
+        /// one that does not know how); or, as `Closed`, the new code did not come up.
+        pub async fn upgrade(&self, binary: &Path, deadline: Duration) -> Result<(), Error> {
+            self.order("upgrade", deadline, Request::Upgrade(binary.to_owned())).await
         }
 
         /// Attaches to a running container.
@@ -304,12 +302,19 @@ mod client {
         /// # Errors
         /// The shim does not answer within 10 seconds, or does not know the container.
         pub async fn attach(&self, container: &str, attach: Attach) -> Result<AttachStream, Error> {
-            let deadline = Duration::from_secs(10);
             let request = Request::Attach(container.to_owned(), attach);
-            let stream = tokio::time::timeout(deadline, self.ask("attach", &request))
-                .await
-                .map_err(|_| Error::Deadline { call: "attach", deadline })??;
-            let (read, write) = stream;
+            let call = "attach";
+            let (read, write) = within(call, Duration::from_secs(10), async {
+                let (read, write) = self.ask(call, &request).await?.into_split();
+                // Frames follow the answer: what is read ahead must not be lost.
+                let (mut read, mut reply) = (BufReader::new(read), Vec::new());
+                let line = (&mut read).take(LINE_MAX as u64).read_until(b'\n', &mut reply).await;
+                line.map_err(|source| Error::Io { call, source })?;
+                let reply = String::from_utf8_lossy(&reply);
+                accepted(call, reply.trim_end_matches('\n'))?;
+                Ok((read, write))
+            })
+            .await?;
             let write = Arc::new(Mutex::new(write));
             let output = AttachOutput { read, _write: write.clone() };
             Ok(AttachStream { input: AttachInput { write }, output })
@@ -321,19 +326,17 @@ mod client {
         /// Nobody answers within `deadline`.
         pub async fn hello(&self, deadline: Duration) -> Result<Hello, Error> {
             let call = "hello";
-            let io = |source| Error::Io { call, source };
-            let asked = async {
-                let mut stream = self.connect().await.map_err(io)?;
-                write_line(&mut stream, &Request::Hello).await.map_err(io)?;
+            within(call, deadline, async {
+                let io = |source| Error::Io { call, source };
+                let stream = self.ask(call, &Request::Hello).await?;
                 let reply = fds::Reader::new(&stream).line().await.map_err(io)?;
                 match reply.split_once(' ') {
                     Some(("ok", json)) => serde_json::from_str(json).map_err(|e| io(e.into())),
                     Some(("error", _)) => Ok(Hello::default()),
                     _ => Err(Error::Closed { call }),
                 }
-            };
-            let answer = tokio::time::timeout(deadline, asked).await;
-            answer.map_err(|_| Error::Deadline { call, deadline })?
+            })
+            .await
         }
 
         /// Follows what the shim lends, until it is gone: `changed` is told of each descriptor, and
@@ -347,8 +350,7 @@ mod client {
         ) -> Result<(), Error> {
             let call = "keep";
             let io = |source| Error::Io { call, source };
-            let mut stream = self.connect().await.map_err(io)?;
-            write_line(&mut stream, &Request::Keep).await.map_err(io)?;
+            let stream = self.ask(call, &Request::Keep).await?;
             let mut reader = fds::Reader::new(&stream);
             accepted(call, &reader.line().await.map_err(io)?)?;
             while let Some(frame) = reader.frame().await.map_err(io)? {
@@ -368,10 +370,9 @@ mod client {
         pub async fn adopt(&self, kept: &Kept, deadline: Duration) -> Result<(), Error> {
             use std::os::fd::AsFd as _;
             let call = "adopt";
-            let io = |source| Error::Io { call, source };
-            let adopted = async {
-                let mut stream = self.connect().await.map_err(io)?;
-                write_line(&mut stream, &Request::Adopt).await.map_err(io)?;
+            within(call, deadline, async {
+                let io = |source| Error::Io { call, source };
+                let stream = self.ask(call, &Request::Adopt).await?;
                 let mut reader = fds::Reader::new(&stream);
                 accepted(call, &reader.line().await.map_err(io)?)?;
                 for (name, fd) in kept {
@@ -380,59 +381,44 @@ mod client {
                 }
                 fds::send(&stream, Kind::End, "", None).await.map_err(io)?;
                 accepted(call, &reader.line().await.map_err(io)?)
-            };
-            let answer = tokio::time::timeout(deadline, adopted).await;
-            answer.map_err(|_| Error::Deadline { call, deadline })?
+            })
+            .await
         }
 
-        /// Has the shim replace its code by that of `binary`, an absolute path. Its Task connections break
-        /// and can be made again at once; everything else goes on.
-        ///
-        /// # Errors
-        /// It cannot be, and the old code goes on (`Precondition`, and `Invalid` or `Unimplemented` from
-        /// one that does not know how); or, as `Closed`, the new code did not come up.
-        pub async fn upgrade(&self, binary: &Path, deadline: Duration) -> Result<(), Error> {
-            let call = "upgrade";
-            let io = |source| Error::Io { call, source };
-            let upgraded = async {
-                let mut stream = self.connect().await.map_err(io)?;
-                let request = Request::Upgrade(binary.to_owned());
-                write_line(&mut stream, &request).await.map_err(io)?;
-                accepted(call, &fds::Reader::new(&stream).line().await.map_err(io)?)
-            };
-            let answer = tokio::time::timeout(deadline, upgraded).await;
-            answer.map_err(|_| Error::Deadline { call, deadline })?
-        }
-
-        async fn connect(&self) -> io::Result<UnixStream> {
-            // sun_path holds 107 bytes and bundles are deep: connect through a short alias.
-            let (_dir, short) = short_path(&self.socket)?;
-            UnixStream::connect(short).await
-        }
-
-        async fn ask(
+        /// A request whose whole answer is that it was done, or why not.
+        async fn order(
             &self,
             call: &'static str,
-            request: &Request,
-        ) -> Result<(BufReader<OwnedReadHalf>, OwnedWriteHalf), Error> {
+            deadline: Duration,
+            request: Request,
+        ) -> Result<(), Error> {
+            within(call, deadline, async {
+                let stream = self.ask(call, &request).await?;
+                let reply = fds::Reader::new(&stream).line().await;
+                accepted(call, &reply.map_err(|source| Error::Io { call, source })?)
+            })
+            .await
+        }
+
+        /// Sends a request; the answer is still to be read.
+        async fn ask(&self, call: &'static str, request: &Request) -> Result<UnixStream, Error> {
             let io = |source| Error::Io { call, source };
-            let stream = self.connect().await.map_err(io)?;
-            let (read, mut write) = stream.into_split();
-            write.write_all(request.line().as_bytes()).await.map_err(io)?;
-            let mut read = BufReader::new(read);
-            let mut reply = Vec::new();
-            (&mut read).take(LINE_MAX as u64).read_until(b'\n', &mut reply).await.map_err(io)?;
-            let reply = String::from_utf8_lossy(&reply);
-            match reply.trim_end().split_once(' ') {
-                None if reply == "ok\n" => Ok((read, write)),
-                Some(("error", text)) => Err(Error::refused(call, text)),
-                _ => Err(Error::Closed { call }),
-            }
+            // sun_path holds 107 bytes and bundles are deep: connect through a short alias.
+            let (_dir, short) = short_path(&self.socket).map_err(io)?;
+            let mut stream = UnixStream::connect(short).await.map_err(io)?;
+            stream.write_all(request.line().as_bytes()).await.map_err(io)?;
+            Ok(stream)
         }
     }
 
-    async fn write_line(stream: &mut UnixStream, request: &Request) -> io::Result<()> {
-        stream.write_all(request.line().as_bytes()).await
+    /// What is done in a call, and given up at its deadline.
+    async fn within<T>(
+        call: &'static str,
+        deadline: Duration,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        let done = tokio::time::timeout(deadline, work).await;
+        done.map_err(|_| Error::Deadline { call, deadline })?
     }
 
     fn accepted(call: &'static str, reply: &str) -> Result<(), Error> {

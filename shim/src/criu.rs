@@ -25,6 +25,10 @@ use crate::bundle::{Bundle, replace};
 /// Where the streams of a checkpoint are described, among its images.
 const STREAMS: &str = "holdfast-streams.json";
 
+/// What crun 1.24 to 1.28 call the directory that hides others (`linux.maskedPaths`) when a checkpoint is
+/// made, whatever state directory they were given; at the restore they look for another name.
+const MASK: &str = "/run/crun/.empty-directory";
+
 /// Largest file of these that is read, in bytes.
 const LIMIT: u64 = 64 << 10;
 
@@ -106,7 +110,15 @@ pub(crate) fn before_restore(bundle: &Bundle, images: &Path, runtime: &str) -> i
         None => Streams::default(),
     };
     let lines = streams.named().map(|(fd, external)| format!("inherit-fd fd[{fd}]:{external}\n"));
-    configure(bundle, runtime, lines.collect())
+    let mut lines: String = lines.collect();
+    if runtime.contains("crun") {
+        let empty = bundle.dir().join("empty");
+        match fs::create_dir(&empty) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => lines.push_str(&format!("external mnt[{MASK}]:{}\n", empty.display())),
+        }
+    }
+    configure(bundle, runtime, lines)
 }
 
 fn configure(bundle: &Bundle, runtime: &str, lines: String) -> io::Result<()> {
@@ -164,6 +176,12 @@ mod tests {
         let file = external[0].strip_prefix("external ").unwrap();
         assert!(restored.lines().any(|l| l == format!("inherit-fd fd[1]:{file}")), "{restored}");
         assert!(restored.contains("fd[2]:") && !restored.contains("fd[0]:"), "{restored}");
+        // What crun hides directories behind has another name there.
+        let empty = new.dir().join("empty");
+        let mask = format!("external mnt[{MASK}]:{}", empty.display());
+        assert!(empty.is_dir() && restored.lines().any(|line| line == mask), "{restored}");
+        before_restore(&new, &images, "runc").unwrap();
+        assert!(!fs::read_to_string(new.criu_config()).unwrap().contains(MASK));
     }
 
     #[test]

@@ -1,6 +1,14 @@
 //! The daemon's listener for what shims tell: `containerd.services.events.ttrpc.v1.Events`.
 
-use std::{future::Future, io, pin::Pin, sync::Arc, time::SystemTime};
+use std::{
+    convert::Infallible,
+    future::Future,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::SystemTime,
+};
 
 use async_trait::async_trait;
 use futures::Stream;
@@ -15,7 +23,10 @@ use holdfast_protos::shim::{
         asynchronous::{Server, TtrpcContext, transport},
     },
 };
-use tokio::net::{UnixListener, UnixStream};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::oneshot,
+};
 
 use crate::client::time;
 
@@ -178,40 +189,49 @@ where
     let service = create_events(Arc::new(Sink(move |namespace, event| {
         Box::pin(sink(namespace, event)) as Pin<Box<dyn Future<Output = bool> + Send>>
     })));
+    let (serving, ended) = oneshot::channel();
     let mut server = Server::new()
         .register_service(service)
-        .add_listener(transport::Listener::new(Incoming(listener)));
+        .add_listener(transport::Listener::new(Incoming { listener, ended }));
     server.start().await.map_err(io::Error::other)?;
-    let _stop = Stop(Some(server));
+    let _stop = Stop { server: Some(server), _serving: serving };
     std::future::pending::<()>().await;
     Ok(())
 }
 
-/// Accepts for ever.
-struct Incoming(UnixListener);
+/// Accepts until the other end of `ended` is gone.
+struct Incoming {
+    listener: UnixListener,
+    ended: oneshot::Receiver<Infallible>,
+}
 
 impl Stream for Incoming {
     type Item = io::Result<UnixStream>;
 
-    fn poll_next(
-        self: Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Self::Item>> {
-        self.0.poll_accept(cx).map(|accepted| Some(accepted.map(|(stream, _)| stream)))
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let Self { listener, ended } = self.get_mut();
+        if Pin::new(ended).poll(cx).is_ready() {
+            return Poll::Ready(None);
+        }
+        listener.poll_accept(cx).map(|accepted| Some(accepted.map(|(stream, _)| stream)))
     }
 }
 
-/// Ends the accept task, which ttrpc spawns detached, when `serve` is dropped.
-struct Stop(Option<Server>);
+/// Ends the accept task and the connections, which ttrpc spawns detached, when `serve` is dropped.
+///
+/// Not by `Server::shutdown`: it asks the accept task for its listener and panics when that is gone, as
+/// it may be at any time while the runtime ends.
+struct Stop {
+    server: Option<Server>,
+    _serving: oneshot::Sender<Infallible>,
+}
 
 impl Drop for Stop {
     fn drop(&mut self) {
         if let (Some(mut server), Ok(runtime)) =
-            (self.0.take(), tokio::runtime::Handle::try_current())
+            (self.server.take(), tokio::runtime::Handle::try_current())
         {
-            runtime.spawn(async move {
-                let _ = server.shutdown().await;
-            });
+            runtime.spawn(async move { server.disconnect().await });
         }
     }
 }
@@ -235,5 +255,46 @@ where
                 "the event could not be taken now",
             )))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        panic,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use super::*;
+
+    /// Tasks that ttrpc has spawned end in any order with their runtime.
+    #[test]
+    fn no_task_panics_when_the_runtime_ends() {
+        static PANICS: AtomicUsize = AtomicUsize::new(0);
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if info.location().is_some_and(|at| at.file().contains("ttrpc")) {
+                PANICS.fetch_add(1, Ordering::Relaxed);
+            }
+            before(info);
+        }));
+        let dir = tempfile::tempdir().unwrap();
+        for round in 0..300 {
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async {
+                let path = dir.path().join(round.to_string());
+                let listener = UnixListener::bind(&path).unwrap();
+                let serving = tokio::spawn(serve(listener, |_, _| async { true }));
+                let _client = UnixStream::connect(&path).await.unwrap();
+                tokio::task::yield_now().await;
+                serving.abort();
+            });
+            runtime.shutdown_background();
+        }
+        assert_eq!(PANICS.load(Ordering::Relaxed), 0);
     }
 }

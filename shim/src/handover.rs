@@ -113,7 +113,7 @@ pub(crate) fn look() -> Result<(), String> {
     io::stdin().read_to_end(&mut bytes).map_err(|error| format!("standard input: {error}"))?;
     let handover: Handover =
         serde_json::from_slice(&bytes).map_err(|error| format!("what is handed over: {error}"))?;
-    Saved::from_value(handover.state)?;
+    Saved::from_value(&handover.state)?;
     println!("{CAN}");
     Ok(())
 }

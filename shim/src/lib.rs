@@ -14,12 +14,15 @@
 //!
 //! Both ends agree on [`bundle`], [`options`], [`control`] and [`cgroup`].
 
+#![warn(missing_docs)]
+
 pub mod bundle;
 pub mod cgroup;
 pub mod control;
 pub mod crash;
 mod fds;
 pub mod options;
+pub mod stat;
 pub mod timestamp;
 
 #[cfg(feature = "client")]
@@ -33,8 +36,12 @@ mod bootstrap;
 pub mod command_line;
 #[cfg(feature = "server")]
 mod criu;
+#[cfg(all(test, feature = "server"))]
+mod golden;
 #[cfg(feature = "server")]
 mod handover;
+#[cfg(feature = "server")]
+mod kubernetes;
 #[cfg(feature = "server")]
 mod log;
 #[cfg(feature = "server")]

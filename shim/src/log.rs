@@ -23,7 +23,12 @@ pub(crate) const LINE_MAX: usize = 16 * 1024;
 pub(crate) const OUT_SIZE: usize = 256 * 1024;
 
 /// Bytes of a record besides its text: time, stream, tag, line feed.
-const OVERHEAD: usize = timestamp::LEN + " stdout F ".len() + 1;
+const OVERHEAD: usize = HEAD + 1;
+
+/// Bytes of a record before its text.
+const HEAD: usize = timestamp::LEN + " stdout F ".len();
+
+type Head = [u8; HEAD];
 
 /// How often opening a log that could not be opened is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -104,10 +109,11 @@ impl Log {
     /// used.
     pub(crate) fn write(&mut self, stream: Stream, bytes: &[u8], out: &mut [u8]) -> usize {
         let mut unfinished = std::mem::take(&mut self.unfinished[stream as usize]);
-        let mut batch = Batch { out, used: 0, peak: 0 };
+        // All of it was there when it was read, so it has one time.
+        let mut batch = Batch { heads: self.heads(stream), out, used: 0, peak: 0 };
         let mut rest = bytes;
         while !rest.is_empty() {
-            let (text, ended) = match rest.iter().position(|byte| *byte == b'\n') {
+            let (text, ended) = match memchr::memchr(b'\n', rest) {
                 Some(end) => {
                     let text = &rest[..end];
                     rest = &rest[end + 1..];
@@ -118,12 +124,12 @@ impl Log {
             let mut text = text;
             while unfinished.len() + text.len() > LINE_MAX {
                 let (part, more) = text.split_at(LINE_MAX - unfinished.len());
-                self.record(&mut batch, stream, false, &unfinished, part);
+                self.record(&mut batch, false, &unfinished, part);
                 unfinished.clear();
                 text = more;
             }
             if ended {
-                self.record(&mut batch, stream, true, &unfinished, text);
+                self.record(&mut batch, true, &unfinished, text);
                 unfinished.clear();
             } else {
                 unfinished.extend_from_slice(text);
@@ -141,9 +147,9 @@ impl Log {
     /// The stream has ended: a last line without a line feed is a line all the same.
     pub(crate) fn end(&mut self, stream: Stream, out: &mut [u8]) {
         let unfinished = std::mem::take(&mut self.unfinished[stream as usize]);
-        let mut batch = Batch { out, used: 0, peak: 0 };
+        let mut batch = Batch { heads: self.heads(stream), out, used: 0, peak: 0 };
         if !unfinished.is_empty() {
-            self.record(&mut batch, stream, true, &unfinished, &[]);
+            self.record(&mut batch, true, &unfinished, &[]);
         }
         self.flush(&mut batch);
     }
@@ -154,13 +160,23 @@ impl Log {
         Ok(())
     }
 
-    fn record(&mut self, batch: &mut Batch<'_>, stream: Stream, whole: bool, a: &[u8], b: &[u8]) {
+    /// What records of this moment begin with: of a part of a line, and of a whole one.
+    fn heads(&mut self, stream: Stream) -> [Head; 2] {
+        let time = self.clock.now();
+        [false, true].map(|whole| {
+            let mut head = [0; HEAD];
+            head[..timestamp::LEN].copy_from_slice(time);
+            head[timestamp::LEN..].copy_from_slice(stream.tag(whole));
+            head
+        })
+    }
+
+    fn record(&mut self, batch: &mut Batch<'_>, whole: bool, a: &[u8], b: &[u8]) {
         if batch.used + OVERHEAD + a.len() + b.len() > batch.out.len() {
             self.flush(batch);
         }
-        let time = self.clock.now();
-        batch.put(time);
-        batch.put(stream.tag(whole));
+        let head = batch.heads[usize::from(whole)];
+        batch.put(&head);
         batch.put(a);
         batch.put(b);
         batch.put(b"\n");
@@ -269,6 +285,7 @@ fn open(path: &PathBuf) -> io::Result<File> {
 }
 
 struct Batch<'a> {
+    heads: [Head; 2],
     out: &'a mut [u8],
     used: usize,
     peak: usize,

@@ -10,7 +10,7 @@
 mod adopt;
 mod saved;
 
-pub(crate) use saved::{Saved, VERSION as STATE_VERSION};
+pub(crate) use saved::{Saved, VERSION as STATE_VERSION, end_container};
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,13 +32,14 @@ use crate::{
     cgroup::Cgroup,
     crash, criu,
     handover::{AttachedClient, Busy, Origin},
-    mounts, namespaces,
+    kubernetes, mounts, namespaces,
     options::PodOptions,
-    process::{Owned, Reaper, lock, report, stat_of},
+    process::{Owned, Reaper, lock, report},
     publish::Events,
     relay::Relays,
     runtime::{self, Checkpoint, Place, Reason, Runtime},
     server::timestamp,
+    stat::stat_of,
     stdio::{self, Io, Sink, Source},
 };
 
@@ -330,6 +331,11 @@ impl Sandbox {
     pub(crate) fn pid(&self) -> u32 {
         self.init.as_ref().map_or(0, |(init, _)| init.pid())
     }
+
+    /// Where all its processes are, if it has such a place.
+    pub(crate) fn cgroup(&self) -> Option<&str> {
+        self.options.cgroup.as_deref()
+    }
 }
 
 /// What a container is to be made of.
@@ -526,6 +532,7 @@ impl Pod {
         }
         let streams = create.uris.parse()?;
         let spec = Bundle::new(&create.bundle).config();
+        self.give_files(&spec)?;
         let spec: Spec = fs::read(&spec)
             .and_then(|bytes| Ok(serde_json::from_slice(&bytes)?))
             .map_err(|error| Error::Invalid(format!("{}: {error}", spec.display())))?;
@@ -544,6 +551,17 @@ impl Pod {
         }
         self.made.notify_waiters();
         made
+    }
+
+    /// The pod's files to a container of this configuration, where they are ours to give.
+    fn give_files(&self, config: &Path) -> Called<()> {
+        let sandbox = lock(&self.sandbox);
+        let Some(sandbox) = sandbox.as_ref().filter(|sandbox| sandbox.options.files.is_some())
+        else {
+            return Ok(());
+        };
+        kubernetes::give_files(&sandbox.bundle, &sandbox.options, config)
+            .map_err(|error| Error::Invalid(format!("{}: {error}", config.display())))
     }
 
     async fn make(
@@ -853,13 +871,7 @@ impl Pod {
     fn watch_init(self: &Arc<Self>, container: Arc<Container>, owned: Arc<Owned>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let ended = owned.ended().await;
-            let _busy = Busy::begin();
-            let exit = match ended {
-                Ok(()) => owned.exit().await,
-                Err(error) => Err(error),
-            };
-            let at = SystemTime::now();
+            let End { exit, at, busy: _busy } = end_of(&owned).await;
             pod.settle(&container, owned.pid(), exit, at).await;
         });
     }
@@ -1030,13 +1042,7 @@ impl Pod {
     ) {
         let (pod, container, exec) = (self.clone(), container.id.clone(), exec.to_owned());
         tokio::spawn(async move {
-            let ended = owned.ended().await;
-            let _busy = Busy::begin();
-            let exit = match ended {
-                Ok(()) => owned.exit().await,
-                Err(error) => Err(error),
-            };
-            let at = SystemTime::now();
+            let End { exit, at, busy: _busy } = end_of(&owned).await;
             let exit = exit.unwrap_or_else(|error| {
                 report!("exec {exec} of {container}: its exit code is lost: {error}");
                 Exit::Code(255)
@@ -1338,7 +1344,13 @@ impl Pod {
             sandbox.starting = true;
             Ok((sandbox.bundle.clone(), sandbox.options.clone(), sandbox.netns.clone()))
         })?;
-        let made = namespaces::create(&bundle, &options, netns.as_deref(), &self.reaper).await;
+        let made = match kubernetes::make_files(&bundle, &options) {
+            Ok(()) => namespaces::create(&bundle, &options, netns.as_deref(), &self.reaper).await,
+            Err(source) => Err(namespaces::Error::Io { what: "make the pod's files", source }),
+        };
+        if made.is_err() {
+            kubernetes::remove_files(&bundle, &options);
+        }
         crash::point("shim.sandbox.namespaces-pinned");
         let at = SystemTime::now();
         let started = self.with_sandbox(id, |sandbox| {
@@ -1361,14 +1373,8 @@ impl Pod {
     fn watch_pod_init(self: &Arc<Self>, id: String, init: Arc<Owned>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let ended = init.ended().await;
-            let _busy = Busy::begin();
-            let exit = match ended {
-                Ok(()) => init.exit().await,
-                Err(error) => Err(error),
-            };
+            let End { exit, at, busy: _busy } = end_of(&init).await;
             let exit = exit.unwrap_or(Exit::Code(255));
-            let at = SystemTime::now();
             let ended = Ended { pid: init.pid(), status: exit.wire_status(), at };
             let _ = pod.with_sandbox(&id, |sandbox| {
                 sandbox.init = None;
@@ -1443,8 +1449,10 @@ impl Pod {
         }
         self.stop_sandbox(id, Duration::ZERO).await?;
         crash::point("shim.shutdown.stopped");
-        let bundle = self.with_sandbox(id, |sandbox| Ok(sandbox.bundle.clone()))?;
+        let (bundle, options) =
+            self.with_sandbox(id, |sandbox| Ok((sandbox.bundle.clone(), sandbox.options.clone())))?;
         namespaces::remove(&bundle);
+        kubernetes::remove_files(&bundle, &options);
         crash::point("shim.shutdown.namespaces-gone");
         // Before the answer: after it nobody looks for what a shim leaves that dies on its way out.
         if let Ok(address) = fs::read_to_string(bundle.address())
@@ -1529,6 +1537,25 @@ impl Pod {
     }
 }
 
+/// How a process ended that was followed.
+struct End {
+    exit: io::Result<Exit>,
+    at: SystemTime,
+    /// What follows from the end is in our hands until this is dropped.
+    busy: Busy,
+}
+
+/// Waits for a process' end.
+async fn end_of(owned: &Owned) -> End {
+    let ended = owned.ended().await;
+    let busy = Busy::begin();
+    let exit = match ended {
+        Ok(()) => owned.exit().await,
+        Err(error) => Err(error),
+    };
+    End { exit, at: SystemTime::now(), busy }
+}
+
 fn read_pid(path: &Path) -> Called<u32> {
     let text = fs::read_to_string(path).map_err(io_error("read the pid the runtime wrote"))?;
     text.trim().parse().map_err(|_| {
@@ -1543,10 +1570,7 @@ fn session(cgroup: &Cgroup, leaders: &BTreeSet<u32>) -> BTreeSet<u32> {
         .pids()
         .unwrap_or_default()
         .into_iter()
-        .filter_map(|pid| {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            parse_stat(&stat).map(|(parent, session)| (pid, (parent, session)))
-        })
+        .filter_map(|pid| stat_of(pid).map(|stat| (pid, (stat.parent, stat.session))))
         .collect();
     let belongs = |pid: &u32| {
         let (mut ancestor, session) = table[pid];
@@ -1585,24 +1609,9 @@ fn kill_session(cgroup: &Cgroup, leader: u32, mut doomed: BTreeSet<u32>) {
     }
 }
 
-/// Parent and session of /proc/PID/stat (proc_pid_stat(5)): the name before may hold anything.
-fn parse_stat(stat: &str) -> Option<(u32, u32)> {
-    let mut fields = stat.rsplit_once(") ")?.1.split(' ').skip(1);
-    let parent = fields.next()?.parse().ok()?;
-    let session = fields.nth(1)?.parse().ok()?;
-    Some((parent, session))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_process_name_cannot_mislead_the_search_for_a_session() {
-        let stat = "12 (a) b 9 (c) S 7 12 34 0 -1 4194560 1 2";
-        assert_eq!(parse_stat(stat), Some((7, 34)));
-        assert_eq!(parse_stat("nonsense"), None);
-    }
 
     #[test]
     fn streams_belong_to_whom_the_process_is_on_the_node() {

@@ -18,7 +18,7 @@ use std::{
 
 use tokio::io::{Interest, unix::AsyncFd};
 
-use crate::bundle::Exit;
+use crate::{bundle::Exit, stat::stat_of};
 
 /// How long the end of a process that is not ours may go without anybody knowing how it was.
 const STRANGER: std::time::Duration = std::time::Duration::from_secs(5);
@@ -348,44 +348,13 @@ fn exit_of_status(status: i32) -> Exit {
     }
 }
 
-/// What /proc/PID/stat says (proc_pid_stat(5)).
-pub(crate) struct Stat {
-    /// It has ended, and nobody has reaped it.
-    zombie: bool,
-    /// When it began, in clock ticks after the boot: with the pid it names a process for good.
-    pub(crate) began: u64,
-    exit_code: i32,
-}
-
-/// Of the process that has this pid now.
-pub(crate) fn stat_of(pid: u32) -> Option<Stat> {
-    parse_stat(&std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
-}
-
-fn parse_stat(stat: &str) -> Option<Stat> {
-    // The name may hold anything, even what looks like its end.
-    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split_whitespace().collect();
-    Some(Stat {
-        zombie: matches!(*fields.first()?, "Z" | "X"),
-        began: fields.get(19)?.parse().ok()?,
-        exit_code: fields.get(49)?.parse().ok()?,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn proc_stat_is_read_by_place_whatever_the_name_is() {
-        let mut fields = vec!["0".to_owned(); 50];
-        fields[0] = "Z".into();
-        fields[19] = "4711".into();
-        fields[49] = "10752".into();
-        let stat = parse_stat(&format!("12 (a) S 1 2) {}\n", fields.join(" "))).unwrap();
-        assert!(stat.zombie);
-        assert_eq!((stat.began, exit_of_status(stat.exit_code)), (4711, Exit::Code(42)));
-        assert!(parse_stat("12 (a) R 1").is_none());
+    fn a_wait_status_is_a_code_or_a_signal() {
+        assert_eq!(exit_of_status(42 << 8), Exit::Code(42));
         assert_eq!(exit_of_status(9), Exit::Signal(9));
         assert_eq!(exit_of_status(0x80 | 11), Exit::Signal(11), "with a core");
     }

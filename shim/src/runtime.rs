@@ -526,14 +526,24 @@ fn message(text: &[u8], exit: Exit) -> String {
     let text = String::from_utf8_lossy(text);
     let mut logged = None;
     let mut plain = Vec::new();
-    for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        match serde_json::from_str::<Entry>(line) {
-            Ok(entry) if matches!(entry.level.as_str(), "error" | "fatal" | "panic") => {
-                logged = Some(entry.msg);
+    let mut rest = text.trim_start();
+    while !rest.is_empty() {
+        // An entry is a line of runc and of older crun; that of crun 1.28 has several.
+        let mut entries = serde_json::Deserializer::from_str(rest).into_iter::<Entry>();
+        let after = match entries.next() {
+            Some(Ok(entry)) => {
+                if matches!(entry.level.as_str(), "error" | "fatal" | "panic") {
+                    logged = Some(entry.msg);
+                }
+                &rest[entries.byte_offset()..]
             }
-            Ok(_) => {}
-            Err(_) => plain.push(line),
-        }
+            Some(Err(_)) | None => {
+                let (line, after) = rest.split_once('\n').unwrap_or((rest, ""));
+                plain.push(line.trim());
+                after
+            }
+        };
+        rest = after.trim_start();
     }
     if let Some(message) = logged {
         return message.trim().to_owned();
@@ -722,6 +732,10 @@ mod tests {
         );
         assert_eq!(message(log.as_bytes(), Exit::Code(1)), "the cause");
         assert_eq!(message(b"one\n\ntwo\n", Exit::Code(1)), "one; two");
+        // crun 1.28.
+        let log = "{\n  \"msg\": \"the cause\",\n  \"level\": \"error\",\n  \"time\": \"t\"\n}\n";
+        assert_eq!(message(log.as_bytes(), Exit::Code(1)), "the cause");
+        assert_eq!(message(b"{ no json\nelse", Exit::Code(1)), "{ no json; else");
         assert_eq!(message(b"", Exit::Signal(9)), "ended by signal 9");
     }
 }

@@ -56,6 +56,10 @@ const PIPE_SIZE: libc::c_int = 256 * 1024;
 /// Most that is read at once.
 const IN_SIZE: usize = 64 * 1024;
 
+/// How long a stream says nothing until the buffers are given back: giving them back and taking them
+/// again for each read costs as much as the reading.
+const IDLE: Duration = Duration::from_millis(200);
+
 /// Most that waits for an attached client; one that is further behind is dropped.
 const ATTACH_BUFFER: usize = 1024 * 1024;
 
@@ -451,19 +455,24 @@ pub(crate) struct Request<'a> {
 }
 
 impl Io {
-    /// Opens everything; on an error all is closed again.
-    pub(crate) async fn open(request: Request<'_>, reaper: &Arc<Reaper>) -> io::Result<Self> {
-        let mut io = Self {
+    /// Nothing is open yet.
+    fn closed(once: bool) -> Self {
+        Self {
             given: Streams::default(),
             readers: Vec::new(),
             pumps: Vec::new(),
             tapped: Vec::new(),
             outputs: None,
             stdin: None,
-            once: matches!(request.stdin, Source::Held { once: true }),
+            once,
             terminal: None,
             logger: None,
-        };
+        }
+    }
+
+    /// Opens everything; on an error all is closed again.
+    pub(crate) async fn open(request: Request<'_>, reaper: &Arc<Reaper>) -> io::Result<Self> {
+        let mut io = Self::closed(matches!(request.stdin, Source::Held { once: true }));
         let bundle = request.bundle;
         if let Sink::CriLog(path) = request.stdout {
             let log = path.clone().map(|path| {
@@ -542,17 +551,8 @@ impl Io {
             let name = path.display().to_string();
             Log::open(path).map_err(|error| named("log", &name, &error))
         });
-        let mut io = Self {
-            given: Streams::default(),
-            readers: Vec::new(),
-            pumps: Vec::new(),
-            tapped: Vec::new(),
-            outputs: Some(Outputs::new(log.transpose()?, if relay.stderr { 2 } else { 1 })),
-            stdin: None,
-            once: relay.stdin_once,
-            terminal: None,
-            logger: None,
-        };
+        let mut io = Self::closed(relay.stdin_once);
+        io.outputs = Some(Outputs::new(log.transpose()?, if relay.stderr { 2 } else { 1 }));
         if relay.stdin {
             keep_fifo(&bundle.stdin())?;
             io.given.stdin = Some(open_stdin(&bundle.stdin(), &mut io.stdin)?);
@@ -640,17 +640,7 @@ impl Io {
     /// The streams of a process whose shim died: what was lent is given back, and the FIFOs of the
     /// bundle are opened anew. A terminal that was not lent is lost.
     pub(crate) fn resume(request: &Request<'_>, lent: Lent, closed: bool) -> io::Result<Self> {
-        let mut io = Self {
-            given: Streams::default(),
-            readers: Vec::new(),
-            pumps: Vec::new(),
-            tapped: Vec::new(),
-            outputs: None,
-            stdin: None,
-            once: matches!(request.stdin, Source::Held { once: true }),
-            terminal: None,
-            logger: None,
-        };
+        let mut io = Self::closed(matches!(request.stdin, Source::Held { once: true }));
         if let Sink::CriLog(path) = request.stdout {
             io.outputs = Some(Outputs::new(path.clone().map(Log::resume), 0));
         }
@@ -890,12 +880,19 @@ pub(crate) async fn drain(pumps: Vec<JoinHandle<()>>, deadline: Duration) -> Vec
 /// Passes one stream on until it ends.
 async fn pump(reader: Arc<AsyncFd<OwnedFd>>, outputs: Arc<Outputs>, stream: Stream) {
     let mut passes = 0u32;
+    let mut released = true;
     'ended: loop {
+        if !released && tokio::time::timeout(IDLE, reader.ready(Interest::READABLE)).await.is_err()
+        {
+            lock(&SCRATCH).release();
+            released = true;
+        }
         let Ok(mut guard) = reader.ready(Interest::READABLE).await else { break };
         loop {
             match outputs.pass(reader.get_ref(), stream) {
                 Ok(0) => break 'ended,
                 Ok(_) => {
+                    released = false;
                     // Other containers and the calls of the daemon get their turn.
                     passes = passes.wrapping_add(1);
                     if passes.is_multiple_of(8) {
@@ -904,7 +901,6 @@ async fn pump(reader: Arc<AsyncFd<OwnedFd>>, outputs: Arc<Outputs>, stream: Stre
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     guard.clear_ready();
-                    lock(&SCRATCH).release();
                     break;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -83,6 +83,9 @@ pub(super) async fn info(client: &mut Client, args: Show) -> Result<u8> {
     handlers.sort_unstable();
     line("Handlers", &printable(&handlers.join(", ")));
     line("NRI plugins", &printable(&plugins(status.info.get("nri").map(String::as_str))));
+    for (name, value) in database(status.info.get("database").map(String::as_str)) {
+        line(name, &printable(&value));
+    }
     for fs in &fs.image_filesystems {
         let mountpoint = fs.fs_id.as_ref().map_or("-", |id| &*id.mountpoint);
         let used = fs.used_bytes.as_ref().map_or(0, |b| b.value);
@@ -90,6 +93,27 @@ pub(super) async fn info(client: &mut Client, args: Show) -> Result<u8> {
     }
     wire::write(&text)?;
     Ok(0)
+}
+
+/// How the daemon found its database when it started, and what it makes of that.
+fn database(info: Option<&str>) -> Vec<(&'static str, String)> {
+    let info = info.and_then(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    // A daemon of an earlier release does not say.
+    let Some(info) = info else { return Vec::new() };
+    let mut lines = Vec::new();
+    if let Some(summary) = info["summary"].as_str() {
+        lines.push(("Database", summary.to_owned()));
+    }
+    let unread = info["unread"].as_array().map_or(0, Vec::len);
+    if unread > 0 {
+        let text = format!("{unread} records cannot be read and are left alone: see info -o json");
+        lines.push(("Unread", text));
+    }
+    match info["verification"].as_str() {
+        None | Some("not needed") => {}
+        Some(text) => lines.push(("Verification", text.to_owned())),
+    }
+    lines
 }
 
 /// The plugins by name, or why there are none.

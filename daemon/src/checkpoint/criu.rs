@@ -88,8 +88,13 @@ fn reason(text: &str) -> String {
     found.unwrap_or("criu check failed without a word").to_owned()
 }
 
+/// What is added to a message of the OCI runtime: what criu says in that log; empty: nothing.
+pub fn said_in(log: &Path) -> String {
+    errors_of(log).map(|errors| format!(" (criu: {errors})")).unwrap_or_default()
+}
+
 /// The errors of a criu log (`dump.log`, `restore.log`), the last few, on one line.
-pub fn errors_of(log: &Path) -> Option<String> {
+fn errors_of(log: &Path) -> Option<String> {
     use std::io::{Read as _, Seek as _, SeekFrom};
     const TAIL: u64 = 64 << 10;
     let mut file = std::fs::File::open(log).ok()?;

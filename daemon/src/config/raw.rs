@@ -15,7 +15,7 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::Error;
+use super::{Error, NriValidator};
 
 /// The commented default file.
 pub(super) const DEFAULT: &str = include_str!("default.toml");
@@ -120,20 +120,7 @@ pub(super) struct RawNri {
     pub(super) registration_timeout: String,
     pub(super) request_timeout: String,
     pub(super) plugin_timeouts: Vec<String>,
-    pub(super) validator: RawNriValidator,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct RawNriValidator {
-    pub(super) reject_oci_hook_adjustment: bool,
-    pub(super) reject_runtime_default_seccomp_adjustment: bool,
-    pub(super) reject_unconfined_seccomp_adjustment: bool,
-    pub(super) reject_custom_seccomp_adjustment: bool,
-    pub(super) reject_namespace_adjustment: bool,
-    pub(super) reject_sysctl_adjustment: bool,
-    pub(super) required_plugins: Vec<String>,
-    pub(super) tolerate_missing_plugins_annotation: String,
+    pub(super) validator: NriValidator,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

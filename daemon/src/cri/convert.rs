@@ -626,6 +626,14 @@ pub(super) fn container_matches(view: &ContainerView, filter: &cri::ContainerFil
         && filter.label_selector.iter().all(|(k, v)| labels.get(k) == Some(v))
 }
 
+/// All containers of a pod, the newest first: the kubelet takes the first of a name for the one that
+/// counts (evented PLEG does not sort them).
+pub(super) fn container_statuses(pod: &PodView) -> Vec<cri::ContainerStatus> {
+    let mut statuses: Vec<_> = pod.containers.values().map(|c| container_status(c)).collect();
+    statuses.sort_by_key(|status| std::cmp::Reverse(status.created_at));
+    statuses
+}
+
 /// A container's status.
 pub(super) fn container_status(view: &ContainerView) -> cri::ContainerStatus {
     let record = &view.record;
@@ -639,6 +647,11 @@ pub(super) fn container_status(view: &ContainerView) -> cri::ContainerStatus {
     };
     let message = match exit {
         Some(Exit::NotStarted { message, .. }) => message.clone(),
+        Some(Exit::Lost) if record.rebooted => {
+            "it was gone when the node was started again; nobody saw how and when it ended, and the time is \
+             that of the node's start"
+                .into()
+        }
         Some(Exit::Lost) => "nobody saw how it ended: its shim died and left no record".into(),
         _ => String::new(),
     };
@@ -652,7 +665,10 @@ pub(super) fn container_status(view: &ContainerView) -> cri::ContainerStatus {
         exit_code: exit.map(Exit::code).unwrap_or_default(),
         image: Some(image_spec(record)),
         image_ref: record.image_ref.clone(),
-        reason: exit.map(|exit| exit.reason().to_owned()).unwrap_or_default(),
+        reason: match exit {
+            Some(Exit::Lost) if record.rebooted => "NodeReboot".into(),
+            exit => exit.map(|exit| exit.reason().to_owned()).unwrap_or_default(),
+        },
         message,
         labels: config.labels.clone().into_iter().collect(),
         annotations: config.annotations.clone().into_iter().collect(),

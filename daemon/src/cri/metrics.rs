@@ -675,14 +675,10 @@ fn container(
         devices,
     };
     let config = &record.config;
-    let image = match config.user_specified_image.is_empty() {
-        true => &config.image,
-        false => &config.user_specified_image,
-    };
     let labels = [
         config.name.clone(),
         details.path.clone(),
-        image.clone(),
+        config.asked_image().to_owned(),
         record.id.to_string(),
         pod.record.config.namespace.clone(),
         pod.record.config.name.clone(),
@@ -742,6 +738,34 @@ mod tests {
             assert!(descriptor.help.ends_with('.'), "{}: {}", descriptor.name, descriptor.help);
             assert_eq!(descriptor.label_keys[..6], LABELS.map(str::to_owned));
         }
+    }
+
+    /// `a_{b,c}[_d]`: `a_b`, `a_b_d`, `a_c`, `a_c_d`.
+    fn expand(pattern: &str) -> Vec<String> {
+        let Some(at) = pattern.find(['{', '[']) else { return vec![pattern.to_owned()] };
+        let (before, rest) = pattern.split_at(at);
+        let end = rest.find(['}', ']']).expect("a bracket is closed");
+        let (inner, rest) = (&rest[1..end], &rest[end + 1..]);
+        let choices: Vec<&str> = match pattern.as_bytes()[at] {
+            b'{' => inner.split(',').collect(),
+            _ => vec!["", inner],
+        };
+        let ends = expand(rest);
+        let all = choices.iter().flat_map(|choice| ends.iter().map(move |end| (choice, end)));
+        all.map(|(choice, end)| format!("{before}{choice}{end}")).collect()
+    }
+
+    #[test]
+    fn the_guide_lists_what_is_told_and_nothing_else() {
+        let guide = include_str!("../../../docs/observability.md");
+        let cells = guide.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next());
+        let names = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2));
+        let mut listed: Vec<String> =
+            names.filter(|name| name.starts_with("container_")).flat_map(expand).collect();
+        let mut told: Vec<String> = descriptors().into_iter().map(|d| d.name).collect();
+        listed.sort_unstable();
+        told.sort_unstable();
+        assert_eq!(listed, told);
     }
 
     #[test]

@@ -59,6 +59,7 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
             ("cni".to_owned(), services.network.config_info().to_string()),
             ("apparmor".to_owned(), services.apparmor.to_string()),
             ("nri".to_owned(), services.nri.info().to_string()),
+            ("database".to_owned(), database(pods).to_string()),
             ("node".to_owned(), format!("{:?}", services.node)),
         ]),
     };
@@ -73,6 +74,18 @@ pub(super) async fn status(pods: &Pods, verbose: bool) -> cri::StatusResponse {
             mount_options: true,
         }),
     }
+}
+
+/// How the database was found at the start, and what follows from it.
+fn database(pods: &Pods) -> serde_json::Value {
+    let services = pods.services();
+    let mut info = services.store.opening().to_json();
+    let unread = pods.unread().into_iter();
+    info["unread"] = unread
+        .map(|record| json!({ "id": record.id, "pod": record.pod, "error": record.error }))
+        .collect();
+    info["verification"] = services.images.verification().into();
+    info
 }
 
 /// What keeps the default handler from running anything.

@@ -1,7 +1,7 @@
 //! The CRI's server streams. Each sends as it goes: what is not yet read by the client is not yet
 //! made, so a slow client costs a list of references and one message.
 
-use std::{pin::Pin, sync::Arc};
+use std::{collections::BTreeMap, pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt, stream};
 use holdfast_protos::cri;
@@ -10,6 +10,7 @@ use tonic::Status;
 use super::{convert, metrics, stats};
 use crate::{
     events::{Event, Events, Kind},
+    metrics::Watching,
     pod::{ContainerView, PodView, Pods},
     stats::Stats,
 };
@@ -17,19 +18,40 @@ use crate::{
 /// Most items that are read for one message of usage.
 const CHUNK: usize = 25;
 
-/// A message of a list is sent when it has this many bytes: annotations may make a single item that
-/// large, and no client takes more than some megabytes.
+/// A message is sent when it has this many bytes: annotations may make a single item that large, and no
+/// client takes more than some megabytes.
 const BYTES: usize = 512 << 10;
 
 /// A stream of answers.
 pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send + 'static>>;
 
-fn chunks<T: Send + 'static>(items: Vec<T>) -> impl Stream<Item = Vec<T>> + Send + 'static {
+/// What goes into one message each, by what an item will at least have of bytes.
+fn chunks<T: Send + 'static>(
+    items: Vec<T>,
+    bytes: impl Fn(&T) -> usize + Send + 'static,
+) -> impl Stream<Item = Vec<T>> + Send + 'static {
     let mut items = items.into_iter();
     stream::iter(std::iter::from_fn(move || {
-        let chunk: Vec<T> = items.by_ref().take(CHUNK).collect();
+        let (mut chunk, mut size) = (Vec::new(), 0);
+        while chunk.len() < CHUNK
+            && size < BYTES
+            && let Some(item) = items.next()
+        {
+            size += bytes(&item);
+            chunk.push(item);
+        }
         (!chunk.is_empty()).then_some(chunk)
     }))
+}
+
+/// Labels and annotations: what a user can make as large as they like.
+fn attributes<'a>(maps: impl IntoIterator<Item = &'a BTreeMap<String, String>>) -> usize {
+    maps.into_iter().flatten().map(|(key, value)| key.len() + value.len()).sum()
+}
+
+fn container_bytes(view: &ContainerView) -> usize {
+    let config = &view.record.config;
+    attributes([&config.labels, &config.annotations])
 }
 
 /// What is listed, made `item` by item and `message` by message as the client reads them.
@@ -62,7 +84,7 @@ pub(super) fn container_stats(
     stats: Arc<Stats>,
     views: Vec<Arc<ContainerView>>,
 ) -> Answers<cri::StreamContainerStatsResponse> {
-    Box::pin(chunks(views).then(move |chunk| {
+    Box::pin(chunks(views, |view| container_bytes(view)).then(move |chunk| {
         let stats = stats.clone();
         async move {
             let container_stats = stats::containers(&stats, chunk).await?;
@@ -76,7 +98,12 @@ pub(super) fn pod_stats(
     stats: Arc<Stats>,
     views: Vec<Arc<PodView>>,
 ) -> Answers<cri::StreamPodSandboxStatsResponse> {
-    Box::pin(chunks(views).then(move |chunk| {
+    let bytes = |view: &Arc<PodView>| {
+        let config = &view.record.config;
+        let containers = view.containers.values().map(|container| container_bytes(container));
+        attributes([&config.labels, &config.annotations]) + containers.sum::<usize>()
+    };
+    Box::pin(chunks(views, bytes).then(move |chunk| {
         let stats = stats.clone();
         async move {
             let pod_sandbox_stats = stats::pods(&stats, chunk).await?;
@@ -104,9 +131,10 @@ pub(super) fn pod_metrics(
 /// Changes, from now on.
 pub(super) fn events(events: &Events, pods: Pods) -> Answers<cri::ContainerEventResponse> {
     let subscription = events.subscribe(move || pods.list());
-    Box::pin(stream::unfold(subscription, |mut subscription| async {
+    let client = (subscription, Watching::begin());
+    Box::pin(stream::unfold(client, |(mut subscription, watching)| async {
         let event = subscription.next().await?;
-        Some((Ok(event_response(&event)), subscription))
+        Some((Ok(event_response(&event)), (subscription, watching)))
     }))
 }
 
@@ -122,12 +150,7 @@ fn event_response(event: &Event) -> cri::ContainerEventResponse {
         container_event_type: kind as i32,
         created_at: convert::nanos(event.at),
         pod_sandbox_status: Some(convert::pod_status(&event.pod)),
-        containers_statuses: event
-            .pod
-            .containers
-            .values()
-            .map(|container| convert::container_status(container))
-            .collect(),
+        containers_statuses: convert::container_statuses(&event.pod),
     }
 }
 
@@ -152,5 +175,15 @@ mod tests {
         let rest: Vec<_> = messages.map(Result::unwrap).collect().await;
         assert_eq!(rest, [2, 2]);
         assert_eq!(list(Vec::new(), |()| cri::Container::default(), |c| c.len()).count().await, 0);
+    }
+
+    #[tokio::test]
+    async fn usage_is_read_for_as_many_as_a_message_holds() {
+        let lengths = |sizes: Vec<usize>| async {
+            chunks(sizes, |size| *size).map(|chunk| chunk.len()).collect::<Vec<_>>().await
+        };
+        assert_eq!(lengths(vec![1; 2 * CHUNK + 1]).await, [CHUNK, CHUNK, 1]);
+        assert_eq!(lengths(vec![BYTES / 2, BYTES / 2, 1, BYTES * 3, 1]).await, [2, 2, 1]);
+        assert_eq!(lengths(Vec::new()).await, [0; 0]);
     }
 }

@@ -74,7 +74,7 @@ impl Images {
 }
 
 impl Shared {
-    async fn name(&self, id: &Digest, name: String) -> Result<Arc<Image>, Error> {
+    pub(super) async fn name(&self, id: &Digest, name: String) -> Result<Arc<Image>, Error> {
         let _writer = self.writer.lock().await;
         let mut index = Index::clone(&self.index.load());
         let mut image = match index.images.get(id) {

@@ -254,6 +254,15 @@ impl Snapshots {
         self.known.lock().expect("no panic while it is held").get(id).cloned()
     }
 
+    /// Containers whose root file system has this layer.
+    pub(super) fn with_layer(&self, number: layers::LayerId) -> Vec<ContainerId> {
+        let known = self.known.lock().expect("no panic while it is held");
+        let has = |snapshot: &Snapshot| {
+            snapshot.layers().is_some_and(|layers| layers.iter().any(|layer| layer.id() == number))
+        };
+        known.iter().filter(|(_, snapshot)| has(snapshot)).map(|(id, _)| id.clone()).collect()
+    }
+
     pub(super) fn ids(&self) -> Vec<ContainerId> {
         let known = self.known.lock().expect("no panic while it is held");
         let volumes = self.volumes.lock().expect("no panic while it is held");

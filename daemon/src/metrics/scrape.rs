@@ -50,9 +50,6 @@ impl Collector for Node {
         one(&mut encoder, "holdfast_pod_commands_queued", help, queued)?;
         let help = "Jobs that wait for the database";
         one(&mut encoder, "holdfast_store_jobs_queued", help, services.store.queued() as u64)?;
-        let help = "Clients that watch changes of pods and containers";
-        let subscribers = services.events.subscribers() as u64;
-        one(&mut encoder, "holdfast_event_subscribers", help, subscribers)?;
         let images = services.images.list().len() as u64;
         one(&mut encoder, "holdfast_images", "Images", images)?;
         let help = "Size of image layers on disk";

@@ -54,20 +54,13 @@ impl Record {
         self.netns == netns
             && self.netns_inode.is_some()
             && self.netns_inode == inode(netns)
-            && self.boot == boot_id()
+            && self.boot == crate::boot::id()
     }
 }
 
 /// The inode of a namespace's file.
 pub(super) fn inode(netns: &Path) -> Option<u64> {
     netns.metadata().ok().map(|meta| meta.ino())
-}
-
-/// The kernel's id of this boot; empty if it cannot be read.
-pub(super) fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map(|text| text.trim().to_owned())
-        .unwrap_or_default()
 }
 
 /// What is known of an attachment.
@@ -228,7 +221,7 @@ mod tests {
             config: json!({"name": "n", "cniVersion": "1.0.0", "plugins": [{"type": "x"}]}),
             netns: "/proc/self/ns/net".into(),
             netns_inode: inode(Path::new("/proc/self/ns/net")),
-            boot: boot_id(),
+            boot: crate::boot::id().to_owned(),
             interface: "eth0".into(),
             args: "IgnoreUnknown=1".into(),
             capabilities: Map::new(),

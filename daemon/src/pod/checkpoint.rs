@@ -167,7 +167,7 @@ pub(super) async fn mend(pod: Pod, broken: BrokenOff) -> Result<Effect, Error> {
         }
     }
     broken.remove().await?;
-    Ok(Effect::Mended)
+    Ok(Effect::Done)
 }
 
 /// Whether it was paused and runs now.
@@ -437,8 +437,7 @@ async fn capture_one(
     };
     let patient = client.clone().with_deadline(deadline - Instant::now());
     patient.checkpoint(id.as_str(), &images, Some(options)).await.map_err(|source| {
-        let said = criu::errors_of(&work.join(archive::DUMP_LOG));
-        let criu = said.map(|said| format!(" (criu: {said})")).unwrap_or_default();
+        let criu = criu::said_in(&work.join(archive::DUMP_LOG));
         Error::Checkpoint { id: id.clone(), criu, source }
     })?;
     let snapshot =
@@ -486,7 +485,7 @@ fn parts(
         let config = ConfigDump {
             id: record.id.to_string(),
             name: record.config.name.clone(),
-            rootfs_image: asked_image(record),
+            rootfs_image: record.config.asked_image().to_owned(),
             rootfs_image_ref: record.image_id.clone(),
             rootfs_image_name: pullable(record),
             runtime: view.record.runtime.file_name().unwrap_or_default().to_string_lossy().into(),
@@ -511,18 +510,10 @@ fn parts(
     records.iter().map(one).collect()
 }
 
-/// The image as a user knows it.
-fn asked_image(record: &ContainerRecord) -> String {
-    match record.config.user_specified_image.is_empty() {
-        true => record.config.image.clone(),
-        false => record.config.user_specified_image.clone(),
-    }
-}
-
 /// A name that another node can pull the image by.
 fn pullable(record: &ContainerRecord) -> String {
     let by_digest = record.image_ref.contains('@');
-    if by_digest { record.image_ref.clone() } else { asked_image(record) }
+    if by_digest { &record.image_ref } else { record.config.asked_image() }.to_owned()
 }
 
 /// The CRI's ContainerStatus as Go's JSON has it, for those who look into archives.

@@ -204,6 +204,16 @@ pub struct ContainerConfig {
     pub stop_signal: Option<String>,
 }
 
+impl ContainerConfig {
+    /// The image as a user knows it: as they wrote it, where the request tells.
+    pub fn asked_image(&self) -> &str {
+        match self.user_specified_image.as_str() {
+            "" => &self.image,
+            written => written,
+        }
+    }
+}
+
 /// A mount.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

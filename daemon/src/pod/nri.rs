@@ -240,13 +240,16 @@ fn container(record: &ContainerRecord, spec: &Value) -> Container {
     out
 }
 
-/// The spec that a container's runtime was given; nothing if its bundle is gone.
-async fn spec_of(services: &Services, id: &ContainerId) -> Value {
-    let path = services.shims.container_bundle(id).config();
-    let read = tokio::task::spawn_blocking(move || {
-        std::fs::read(path).ok().and_then(|json| serde_json::from_slice(&json).ok())
-    });
-    read.await.ok().flatten().unwrap_or_default()
+/// The spec that a container's runtime was given; nothing if its bundle is gone. Blocks.
+fn read_spec(services: &Services, id: &ContainerId) -> Value {
+    let json = std::fs::read(services.shims.container_bundle(id).config()).ok();
+    json.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default()
+}
+
+/// The same beside everything else.
+async fn spec_of(services: &Arc<Services>, id: &ContainerId) -> Value {
+    let (services, id) = (services.clone(), id.clone());
+    tokio::task::spawn_blocking(move || read_spec(&services, &id)).await.unwrap_or_default()
 }
 
 /// A pod has all that it is made of.

@@ -19,7 +19,7 @@ use holdfast_shim::{
     crash,
 };
 use tokio::time::Instant;
-use tracing::{info, warn};
+use tracing::{Instrument as _, error, info, warn};
 
 use super::{
     Error, Pods, Services,
@@ -31,7 +31,7 @@ use crate::{
     error::chain,
     id::{ContainerId, PodId},
     shims::Link,
-    store::pods::{ContainerRecord, PodRecord},
+    store::pods::{ContainerRecord, Loaded, PodRecord, Unread},
 };
 
 /// How long a shim may take to say who it is.
@@ -51,6 +51,13 @@ pub(super) struct Seen {
     pub(super) end: End,
 }
 
+impl super::Index {
+    /// Whether there is such a container, or something that is to be left alone.
+    fn has(&self, id: &str) -> bool {
+        self.containers.contains_key(id) || self.unread.contains_key(id)
+    }
+}
+
 impl Pods {
     /// Makes a pod of every record. Returns at once with everything listed; each pod reaches its
     /// shim beside it.
@@ -58,7 +65,7 @@ impl Pods {
         // FIFOs of execs that nobody waits for any more.
         remove_dir(&self.services.config.state.join("exec")).await?;
         self.set_broken_off(super::checkpoint::broken_off(&self.services));
-        let (pods, containers) = self.services.store.load().await?;
+        let Loaded { pods, containers, unread } = self.services.store.load_all().await?;
         crash::point("daemon.recover.records-read");
         let mut by_pod: BTreeMap<PodId, Vec<ContainerRecord>> = BTreeMap::new();
         for container in containers {
@@ -67,6 +74,14 @@ impl Pods {
         let count = pods.len();
         {
             let mut index = self.index_mut();
+            for record in unread {
+                error!(
+                    id = record.id,
+                    error = record.error,
+                    "a record cannot be read, perhaps a later release wrote it: what it is of is left alone"
+                );
+                index.unread.insert(record.id.clone(), record);
+            }
             for record in pods {
                 let containers = by_pod.remove(&record.id).unwrap_or_default();
                 let link = match record.state {
@@ -77,6 +92,16 @@ impl Pods {
                 self.adopt(&mut index, record, containers, link);
             }
         }
+        // Of pods that cannot be read, and with them to be left alone.
+        let mut index = self.index_mut();
+        for record in by_pod.into_values().flatten() {
+            if index.unread.contains_key(record.pod.as_str()) {
+                let (id, pod) = (record.id.to_string(), Some(record.pod.to_string()));
+                let error = "the record of its pod cannot be read".to_owned();
+                index.unread.insert(id.clone(), Unread { id, pod, error });
+            }
+        }
+        drop(index);
         info!(pods = count, "records are read");
         Ok(())
     }
@@ -88,18 +113,22 @@ impl Pods {
             warn!(error = %chain(&error), "not all leftovers could be looked for");
         }
         for id in self.services.images.snapshots() {
-            if !self.index().containers.contains_key(&id) {
+            if !self.index().has(id.as_str()) {
                 info!(container = id.short(), "removing a snapshot that no container has");
                 if let Err(error) = self.services.images.remove_snapshot(&id).await {
                     warn!(container = id.short(), error = %chain(&error), "it stays");
                 }
             }
         }
-        let known = |id: &ContainerId| self.index().containers.contains_key(id);
+        let known = |id: &ContainerId| self.index().has(id.as_str());
         super::volumes::sweep(&self.services, known).await;
         super::restore::sweep(&self.services, known).await;
         self.sweep_checkpoints().await;
-        let valid: Vec<PodId> = self.index().pods.keys().cloned().collect();
+        let valid: Vec<PodId> = {
+            let index = self.index();
+            let unread = index.unread.keys().filter_map(|id| id.parse().ok());
+            index.pods.keys().cloned().chain(unread).collect()
+        };
         if let Err(error) = self.services.network.gc(&valid).await {
             warn!(error = %chain(&error), "network leftovers stay until the next start");
         }
@@ -127,7 +156,7 @@ impl Pods {
             let name = entry.map_err(read)?.file_name();
             let Some(name) = name.to_str() else { continue };
             let index = self.index();
-            let known = index.pods.contains_key(name) || index.containers.contains_key(name);
+            let known = index.pods.contains_key(name) || index.has(name);
             if !known && name.parse::<ContainerId>().is_ok() {
                 stray.insert(name.to_owned());
             }
@@ -185,12 +214,9 @@ impl Pods {
 
     /// Takes an exit that a shim tells. True: it is recorded, or nobody's; false: tell it again.
     pub async fn exited(&self, container: &str, at: SystemTime, status: u32) -> bool {
-        let pod = {
-            let index = self.index();
-            let pod = index.containers.get(container).and_then(|pod| index.pods.get(pod));
-            pod.cloned()
+        let (Some(pod), Ok(id)) = (self.pod_of(container), container.parse::<ContainerId>()) else {
+            return true;
         };
-        let (Some(pod), Ok(id)) = (pod, container.parse::<ContainerId>()) else { return true };
         // Those of a foreign shim are waited for: it may drop its events.
         if pod.view().record.foreign.is_some() {
             return true;
@@ -240,6 +266,9 @@ pub(super) async fn reach(
     record: Arc<PodRecord>,
     live: Vec<ContainerRecord>,
 ) -> Result<Effect, Error> {
+    if !crate::boot::is_now(&record.boot) {
+        return Ok(after_boot(&services, &record, &live));
+    }
     let mut pause = PAUSES.0;
     while let Some(endpoint) = &record.endpoint {
         match services.shims.connect(endpoint).await {
@@ -264,6 +293,32 @@ pub(super) async fn reach(
     Ok(Effect::Dead { exits })
 }
 
+/// What became of a pod of an earlier boot: all of it is gone. How its containers ended is known where their
+/// exit records are on a disk, or were taken before; of the others only that it was not after the boot.
+fn after_boot(services: &Services, record: &PodRecord, live: &[ContainerRecord]) -> Effect {
+    info!("the machine was started again since the pod was made: it is gone");
+    let at = crate::boot::time().unwrap_or_else(SystemTime::now);
+    let mut exits = Vec::new();
+    for container in live.iter().filter(|c| !c.state.is_exited()) {
+        let id = &container.id;
+        let end = match recorded(&services.shims.container_bundle(id).exit_record()) {
+            Some(record) => end_of(&record),
+            None => End::new(at, Exit::Lost),
+        };
+        exits.push(Seen { id: id.clone(), end });
+    }
+    // Its address is nobody's any more. Should this fail, stopping the pod does it. Nobody waits for it: the
+    // pod is gone now.
+    let (network, id) = (services.network.clone(), record.id.clone());
+    let detach = async move {
+        if let Err(error) = network.detach(&id).await {
+            warn!(error = %chain(&error), "the network attachment of a pod of an earlier boot stays for now");
+        }
+    };
+    tokio::spawn(detach.in_current_span());
+    Effect::Rebooted { exits }
+}
+
 /// A shim that runs: either the pod's, or one that was started in place of a dead one by a daemon that
 /// was killed before it could say what to take over.
 async fn found(
@@ -280,16 +335,25 @@ async fn found(
         Err(error) => return Err(error),
     };
     if orphaned {
-        let (endpoint, client) = services.shims.revive(&record.id).await?;
-        let Missed { started, exits } = look(services, &client, live, Some(record)).await?;
-        return Ok(Effect::Linked { client, endpoint: Some(endpoint), started, exits });
+        return revived(services, record, live).await;
     }
     let Missed { started, exits } = look(services, &client, live, None).await?;
     crash::point("daemon.recover.shim-reached");
     Ok(Effect::Linked { client, endpoint: None, started, exits })
 }
 
-/// Starts a new shim in place of one that is dead. `None`: the pod cannot be saved.
+/// A new shim in place of one that is dead, and what happened meanwhile.
+async fn revived(
+    services: &Arc<Services>,
+    record: &PodRecord,
+    live: &[ContainerRecord],
+) -> Result<Effect, holdfast_shim::client::Error> {
+    let (endpoint, client) = services.shims.revive(&record.id).await?;
+    let Missed { started, exits } = look(services, &client, live, Some(record)).await?;
+    Ok(Effect::Linked { client, endpoint: Some(endpoint), started, exits })
+}
+
+/// Starts a new shim in place of one that is dead, a few times. `None`: the pod cannot be saved.
 async fn revive(
     services: &Arc<Services>,
     record: &PodRecord,
@@ -302,15 +366,10 @@ async fn revive(
     }
     for attempt in 1..=REVIVALS {
         let begun = Instant::now();
-        let revived = async {
-            let (endpoint, client) = services.shims.revive(&record.id).await?;
-            let Missed { started, exits } = look(services, &client, live, Some(record)).await?;
-            Ok::<_, holdfast_shim::client::Error>((endpoint, client, started, exits))
-        };
-        match revived.await {
-            Ok((endpoint, client, started, exits)) => {
+        match revived(services, record, live).await {
+            Ok(effect) => {
                 warn!(took = ?begun.elapsed(), "the pod's shim had died; a new one has taken over");
-                return Some(Effect::Linked { client, endpoint: Some(endpoint), started, exits });
+                return Some(effect);
             }
             Err(error) => {
                 warn!(attempt, error = %chain(&error), "a new shim could not take the pod over");
@@ -400,8 +459,7 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
     for container in live.iter().filter(|c| !c.state.is_exited()) {
         let id = &container.id;
         let path = services.shims.container_bundle(id).exit_record();
-        let before = recorded(&path);
-        let alive = container.state.pid().is_some_and(is_alive);
+        let before = Before::look(container, &path);
         // Not after a boot, which has emptied the state directory.
         if services.shims.container_bundle(id).dir().exists()
             && let Err(error) = services.shims.delete_dead(id, &record.runtime).await
@@ -409,19 +467,33 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
             warn!(container = id.short(), error = %chain(&error), "clean up after a dead shim");
         }
         crash::point("daemon.bury.cleaned-up");
-        let end = match before.or_else(|| recorded(&path)) {
-            Some(record) => end_of(&record),
-            // Nobody else was there to kill it.
-            None if alive => End::new(SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
-            None => End::new(SystemTime::now(), Exit::Lost),
-        };
-        exits.push(Seen { id: id.clone(), end });
+        exits.push(Seen { id: id.clone(), end: before.verdict(Some(&path)) });
     }
     exits
 }
 
-pub(super) fn is_alive(pid: u32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
+/// What is known of a container before what is left of it is ended.
+pub(super) struct Before {
+    record: Option<ExitRecord>,
+    alive: bool,
+}
+
+impl Before {
+    pub(super) fn look(container: &ContainerRecord, record: &Path) -> Self {
+        let is_alive = |pid| Path::new(&format!("/proc/{pid}")).exists();
+        let alive = container.state.pid().is_some_and(is_alive);
+        Self { record: recorded(record), alive }
+    }
+
+    /// When and how it ended, now that it has; `record`: where its end may have been written meanwhile.
+    pub(super) fn verdict(self, record: Option<&Path>) -> End {
+        match self.record.or_else(|| record.and_then(recorded)) {
+            Some(record) => end_of(&record),
+            // Nobody else was there to kill it.
+            None if self.alive => End::new(SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
+            None => End::new(SystemTime::now(), Exit::Lost),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -287,8 +287,7 @@ async fn base(services: &Services, found: &Found) -> Result<Arc<Image>, Error> {
 /// Why a container was not restored, with what criu says of it.
 pub(super) fn failed(services: &Services, id: ContainerId, source: client::Error) -> Error {
     let log = directory(services, &id).join("work").join("restore.log");
-    let criu = criu::errors_of(&log).map(|said| format!(" (criu: {said})")).unwrap_or_default();
-    Error::Restore { id, criu, source }
+    Error::Restore { id, criu: criu::said_in(&log), source }
 }
 
 impl Pods {

@@ -205,8 +205,6 @@ pub(super) enum Effect {
     PodUpdated(Box<(Option<Resources>, Option<Resources>)>),
     /// Nothing of the pod.
     Done,
-    Mended,
-    Reaped,
     Linked {
         client: Client,
         /// It is a new shim.
@@ -215,6 +213,10 @@ pub(super) enum Effect {
         exits: Vec<recover::Seen>,
     },
     Dead {
+        exits: Vec<recover::Seen>,
+    },
+    /// The machine was started again.
+    Rebooted {
         exits: Vec<recover::Seen>,
     },
     Closed,
@@ -722,7 +724,7 @@ impl Owner {
                 crash::point("daemon.update-pod.recorded");
                 self.view.send_replace(view_of(&self.record, &self.containers, self.gone));
             }
-            Effect::Done | Effect::Mended | Effect::Reaped => {}
+            Effect::Done => {}
             Effect::Linked { client, endpoint, started, exits } => {
                 if endpoint.is_some() && endpoint != self.record.endpoint {
                     let record = PodRecord { endpoint, ..(*self.record).clone() };
@@ -759,6 +761,24 @@ impl Owner {
                 }
                 let mut record = (*self.record).clone();
                 record.state = PodState::NotReady;
+                self.save_pod(record).await?;
+                self.publish(self.pod.id.clone(), Kind::Stopped);
+            }
+            Effect::Rebooted { exits } => {
+                self.link.send_replace(Link::Down);
+                for seen in exits {
+                    if seen.end.how == Exit::Lost
+                        && let Some(container) = self.containers.get_mut(&seen.id)
+                    {
+                        let mut record = container.view.record.clone();
+                        record.rebooted = true;
+                        container.set(record);
+                    }
+                    self.exited(&seen.id, seen.end).await;
+                }
+                let mut record = (*self.record).clone();
+                record.state = PodState::NotReady;
+                record.ips.clear();
                 self.save_pod(record).await?;
                 self.publish(self.pod.id.clone(), Kind::Stopped);
             }

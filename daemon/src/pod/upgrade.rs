@@ -98,5 +98,5 @@ pub(super) async fn upgrade(
     }
     pod.client_of(&client).await?;
     info!(binary = %binary.display(), "the shim has new code");
-    Ok(task::Effect::Reaped)
+    Ok(task::Effect::Done)
 }

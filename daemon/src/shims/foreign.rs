@@ -19,6 +19,7 @@ use holdfast_shim::{
     bundle::Bundle,
     client::{self, Client, Command, Endpoint, ErrorKind, Exited},
     control::Control,
+    stat::stat_of,
 };
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -28,7 +29,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{BINARY, CONNECT, Shims};
+use super::{BINARY, CONNECT, OBSERVER, Shims};
 use crate::{
     config::{ForeignHandler, find_program},
     error::chain,
@@ -114,12 +115,7 @@ impl Running {
 /// When a process was started, in clock ticks since boot (proc_pid_stat(5)); `None`: there is none, or
 /// it waits only to be reaped.
 fn born(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(") ")?.1.split(' ');
-    match fields.next()? {
-        "Z" | "X" => None,
-        _ => fields.nth(18)?.parse().ok(),
-    }
+    stat_of(pid).filter(|stat| !stat.zombie).map(|stat| stat.began)
 }
 
 /// Why there is no connection to a foreign shim.
@@ -306,7 +302,8 @@ impl Shims {
             return Ok(client);
         }
         let deadline = self.timeout + Duration::from_secs(5);
-        let client = Client::connect(endpoint, CONNECT).await?.with_deadline(deadline);
+        let client = Client::connect(endpoint, CONNECT).await?;
+        let client = client.with_deadline(deadline).with_observer(&OBSERVER);
         let mut clients = lock(&self.foreign.clients);
         Ok(clients.entry(endpoint.address.clone()).or_insert(client).clone())
     }

@@ -1,16 +1,22 @@
 //! Records of images, layers and snapshots (containers' root file systems).
 
+use std::collections::BTreeSet;
+
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
-use super::{Error, Store};
+use super::{
+    Error, Store,
+    copies::{self, Copies, ImageCopy},
+    pods::Unknown,
+};
 use crate::{
     id::{ContainerId, Digest},
     pod::config::Map,
 };
 
 /// An unpacked layer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
     /// Names its directory.
     pub number: u64,
@@ -40,6 +46,9 @@ pub struct ImageRecord {
     pub pinned: bool,
     /// When it was first pulled or imported, in seconds since 1970.
     pub added: u64,
+    /// What a later release has added: it survives.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
 
 /// An image with all that belongs to it.
@@ -90,16 +99,7 @@ impl Store {
             )?;
             let layers = db
                 .prepare("SELECT number, diff_id, chain, bytes, inodes, root_listed FROM layers")?
-                .query_map([], |row| {
-                    Ok(LayerRecord {
-                        number: row.get::<_, i64>(0)? as u64,
-                        diff_id: row.get(1)?,
-                        chain: row.get(2)?,
-                        bytes: row.get::<_, i64>(3)? as u64,
-                        inodes: row.get::<_, i64>(4)? as u64,
-                        root_listed: row.get(5)?,
-                    })
-                })?
+                .query_map([], layer)?
                 .collect::<Result<_, _>>()?;
             let images: Vec<(String, String, Vec<u8>)> = db
                 .prepare("SELECT id, record, config FROM images")?
@@ -150,7 +150,7 @@ impl Store {
         names: Vec<(String, String)>,
     ) -> Result<(), Error> {
         let id = id.to_string();
-        self.call(move |db| {
+        let job = move |db: &Connection| {
             let json = serde_json::to_string(&record)
                 .map_err(|e| Error::Record(format!("image {id}"), e))?;
             let new = db.execute(
@@ -178,46 +178,70 @@ impl Store {
                     )?;
                 }
             }
+            let mut losers = BTreeSet::new();
+            let mut renamed = new;
             for (name, target) in &names {
+                let there: bool = db.query_row(
+                    "SELECT EXISTS (SELECT 1 FROM image_names
+                     WHERE name = ?1 AND image = ?2 AND target = ?3)",
+                    params![name, id, target],
+                    |row| row.get(0),
+                )?;
+                if there {
+                    continue;
+                }
+                renamed = true;
+                losers.extend(loser(db, name, &id)?);
                 db.execute(
                     "INSERT INTO image_names (name, image, target) VALUES (?1, ?2, ?3)
                      ON CONFLICT (name) DO UPDATE SET image = ?2, target = ?3",
                     params![name, id, target],
                 )?;
             }
-            Ok(())
-        })
-        .await
+            // The winner last: of two copies that claim a name the later one counts.
+            let mut images: Vec<_> = losers.into_iter().collect();
+            images.extend(renamed.then_some(id));
+            changed(db, &images)
+        };
+        self.call_then(job, put_copies).await.map(drop)
     }
 
     /// Gives an image a name, which another may lose.
     pub async fn add_image_name(&self, id: &Digest, name: &str, target: &str) -> Result<(), Error> {
         let (id, name, target) = (id.to_string(), name.to_owned(), target.to_owned());
-        self.call(move |db| {
+        let job = move |db: &Connection| {
+            let mut images = Vec::from_iter(loser(db, &name, &id)?);
             db.execute(
                 "INSERT INTO image_names (name, image, target) VALUES (?1, ?2, ?3)
                  ON CONFLICT (name) DO UPDATE SET image = ?2, target = ?3",
                 params![name, id, target],
             )?;
-            Ok(())
-        })
-        .await
+            images.push(id);
+            changed(db, &images)
+        };
+        self.call_then(job, put_copies).await.map(drop)
     }
 
     /// Takes a name from its image.
     pub async fn remove_image_name(&self, name: &str) -> Result<(), Error> {
         let name = name.to_owned();
-        self.call(move |db| {
+        let job = move |db: &Connection| {
+            let images = Vec::from_iter(loser(db, &name, "")?);
             db.execute("DELETE FROM image_names WHERE name = ?1", [name])?;
-            Ok(())
-        })
-        .await
+            changed(db, &images)
+        };
+        self.call_then(job, put_copies).await.map(drop)
     }
 
     /// Forgets an image and all its names. Its layers stay until [`Store::forget_layer`].
     pub async fn remove_image(&self, id: &Digest) -> Result<(), Error> {
         let id = id.to_string();
+        let copies = self.copies.clone();
         self.call(move |db| {
+            // First: a copy without a record would bring it back.
+            if let Some(copies) = copies {
+                copies.remove_image(&id)?;
+            }
             db.execute("DELETE FROM images WHERE id = ?1", [id])?;
             Ok(())
         })
@@ -322,7 +346,44 @@ fn numbers(db: &Connection, table: &str, key: &str, value: &str) -> Result<Vec<u
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
-fn names(db: &Connection, image: &str) -> Result<Vec<(String, String)>, Error> {
+/// number, diff_id, chain, bytes, inodes, root_listed
+pub(super) fn layer(row: &rusqlite::Row<'_>) -> Result<LayerRecord, rusqlite::Error> {
+    Ok(LayerRecord {
+        number: row.get::<_, i64>(0)? as u64,
+        diff_id: row.get(1)?,
+        chain: row.get(2)?,
+        bytes: row.get::<_, i64>(3)? as u64,
+        inodes: row.get::<_, i64>(4)? as u64,
+        root_listed: row.get(5)?,
+    })
+}
+
+/// Notes that these images have changed; what their copies are to say.
+fn changed(db: &Connection, images: &[String]) -> Result<Vec<ImageCopy>, Error> {
+    let mut copies = Vec::new();
+    for image in images {
+        db.prepare_cached(
+            "UPDATE images SET revision = (SELECT max(revision) + 1 FROM images) WHERE id = ?1",
+        )?
+        .execute([image])?;
+        copies.extend(copies::of_image(db, image)?);
+    }
+    Ok(copies)
+}
+
+fn put_copies(copies: &Copies, changed: &Vec<ImageCopy>) {
+    for copy in changed {
+        copies.put_image(copy);
+    }
+}
+
+/// The image that has a name, unless it is this one.
+fn loser(db: &Connection, name: &str, winner: &str) -> Result<Option<String>, Error> {
+    let sql = "SELECT image FROM image_names WHERE name = ?1 AND image <> ?2";
+    Ok(db.prepare_cached(sql)?.query_row([name, winner], |row| row.get(0)).optional()?)
+}
+
+pub(super) fn names(db: &Connection, image: &str) -> Result<Vec<(String, String)>, Error> {
     let mut statement =
         db.prepare_cached("SELECT name, target FROM image_names WHERE image = ?1 ORDER BY name")?;
     let rows = statement.query_map([image], |row| Ok((row.get(0)?, row.get(1)?)))?;

@@ -9,7 +9,10 @@ use holdfast_shim::client::Endpoint;
 use rusqlite::{Connection, params};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{Error, Store};
+use super::{
+    Error, Store,
+    copies::{self, BundleCopy, Copies},
+};
 use crate::{
     config::ForeignHandler,
     id::{ContainerId, PodId},
@@ -43,7 +46,16 @@ pub struct PodRecord {
     /// Addresses, primary first; empty for the node's network.
     #[serde(default)]
     pub ips: Vec<IpAddr>,
+    /// The boot that it was made in; empty: of a release that did not say.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub boot: String,
+    /// What a later release has added: it survives our writes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
 }
+
+/// Fields of a document that this release does not know.
+pub type Unknown = serde_json::Map<String, serde_json::Value>;
 
 /// A container's record.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -76,6 +88,34 @@ pub struct ContainerRecord {
     /// The limits of the request, where NRI plugins have set others, which are those of `config`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub asked_resources: Option<Box<Resources>>,
+    /// It did not end by itself: the machine went down. `finished_at` is then that of the next boot.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rebooted: bool,
+    /// What a later release has added: it survives our writes.
+    #[serde(flatten)]
+    pub unknown: Unknown,
+}
+
+/// A record that this release cannot read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unread {
+    /// Of this pod or container.
+    pub id: String,
+    /// The pod that a container is in.
+    pub pod: Option<String>,
+    /// Why.
+    pub error: String,
+}
+
+/// All records of pods and containers.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// Pods.
+    pub pods: Vec<PodRecord>,
+    /// Containers.
+    pub containers: Vec<ContainerRecord>,
+    /// What is to be left alone: a later release may have written it.
+    pub unread: Vec<Unread>,
 }
 
 impl ContainerRecord {
@@ -96,45 +136,66 @@ fn to_json(of: &str, record: &impl Serialize) -> Result<String, Error> {
     serde_json::to_string(record).map_err(|e| Error::Record(of.to_owned(), e))
 }
 
-fn all<T: DeserializeOwned>(db: &Connection, table: &str) -> Result<Vec<T>, Error> {
-    let mut statement = db.prepare(&format!("SELECT id, record FROM {table}"))?;
-    let rows =
-        statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
-    rows.map(|row| {
-        let (id, text) = row?;
-        serde_json::from_str(&text).map_err(|e| Error::Record(id, e))
-    })
-    .collect()
+fn all<T: DeserializeOwned>(
+    db: &Connection,
+    sql: &str,
+    unread: &mut Vec<Unread>,
+) -> Result<Vec<T>, Error> {
+    let mut statement = db.prepare(sql)?;
+    let rows = statement.query_map([], |row| {
+        Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?, row.get::<_, Option<String>>(2)?))
+    })?;
+    let mut read = Vec::new();
+    for row in rows {
+        let (id, text, pod) = row?;
+        match serde_json::from_str(&text) {
+            Ok(record) => read.push(record),
+            Err(error) => unread.push(Unread { id, pod, error: error.to_string() }),
+        }
+    }
+    Ok(read)
 }
 
 impl Store {
     /// Writes a pod's record.
     pub async fn put_pod(&self, record: &PodRecord) -> Result<(), Error> {
         let (id, text) = (record.id.to_string(), to_json(record.id.as_str(), record)?);
-        self.call(move |db| {
+        let at = id.clone();
+        let job = move |db: &Connection| {
             db.prepare_cached(
                 "INSERT INTO pods (id, record) VALUES (?1, ?2)
-                 ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+                 ON CONFLICT (id) DO UPDATE SET record = excluded.record, revision = revision + 1",
             )?
             .execute(params![id, text])?;
-            Ok(())
-        })
-        .await
+            copies::of_pod(db, &id)
+        };
+        let copy = move |copies: &Copies, copy: &Option<BundleCopy>| {
+            if let Some(copy) = copy {
+                copies.put_bundle(&at, copy);
+            }
+        };
+        self.call_then(job, copy).await.map(drop)
     }
 
     /// Writes a container's record.
     pub async fn put_container(&self, record: &ContainerRecord) -> Result<(), Error> {
         let (id, pod) = (record.id.to_string(), record.pod.to_string());
         let text = to_json(&id, record)?;
-        self.call(move |db| {
+        let at = id.clone();
+        let job = move |db: &Connection| {
             db.prepare_cached(
                 "INSERT INTO containers (id, pod, record) VALUES (?1, ?2, ?3)
-                 ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+                 ON CONFLICT (id) DO UPDATE SET record = excluded.record, revision = revision + 1",
             )?
             .execute(params![id, pod, text])?;
-            Ok(())
-        })
-        .await
+            copies::of_container(db, &id)
+        };
+        let copy = move |copies: &Copies, copy: &Option<BundleCopy>| {
+            if let Some(copy) = copy {
+                copies.put_bundle(&at, copy);
+            }
+        };
+        self.call_then(job, copy).await.map(drop)
     }
 
     /// Forgets a container.
@@ -158,8 +219,19 @@ impl Store {
         .await
     }
 
-    /// Every pod and every container.
+    /// Every pod and every container that can be read.
     pub async fn load(&self) -> Result<(Vec<PodRecord>, Vec<ContainerRecord>), Error> {
-        self.call(|db| Ok((all(db, "pods")?, all(db, "containers")?))).await
+        self.load_all().await.map(|loaded| (loaded.pods, loaded.containers))
+    }
+
+    /// Every pod and every container, and what cannot be read.
+    pub async fn load_all(&self) -> Result<Loaded, Error> {
+        self.call(|db| {
+            let mut unread = Vec::new();
+            let pods = all(db, "SELECT id, record, NULL FROM pods", &mut unread)?;
+            let containers = all(db, "SELECT id, record, pod FROM containers", &mut unread)?;
+            Ok(Loaded { pods, containers, unread })
+        })
+        .await
     }
 }

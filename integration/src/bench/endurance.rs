@@ -15,12 +15,13 @@ use holdfast_protos::cri as api;
 use serde_json::{Value, json};
 
 use super::{
-    SETTLE, Side, WIDTH,
+    PODS, SETTLE, Side, WIDTH,
     floor::Floor,
-    is_shim, millis,
+    millis,
     peer::in_path,
     progress, pss,
     samples::{CONTAINERD, FLOOR, HOLDFAST, LOG, SHIM_GROWTH, Samples},
+    shim::shim_of,
 };
 use crate::{Image, ground::names_in, tar::Entry, wait::Look, wait::eventually};
 
@@ -75,7 +76,7 @@ pub(super) async fn run(
         side.pull(image).await?;
     }
     if let Some(ours) = sides.iter_mut().find(|side| side.column == HOLDFAST) {
-        growth(ours, image, rounds, execs, samples).await?;
+        growth(ours, image, rounds, execs, samples, facts).await?;
     }
     for side in sides.iter_mut().filter(|side| side.column == CONTAINERD) {
         let (pod, config) = side.run_pod().await?;
@@ -95,6 +96,14 @@ pub(super) async fn run(
         side.clear().await?;
         side.remove_image(image).await?;
     }
+    // Megabytes of text, in lines of 100 bytes.
+    let text = (LINES * TIMES * 100) as f64 / 1e6;
+    for (name, column) in [("holdfast", HOLDFAST), ("containerd", CONTAINERD), ("conmon", FLOOR)] {
+        if let Some(took) = samples.percentile(LOG, column, 50) {
+            facts
+                .push(format!("output of one container, {name}: {:.0} MB/s", text / took * 1000.0));
+        }
+    }
     Ok(())
 }
 
@@ -105,15 +114,30 @@ async fn growth(
     rounds: usize,
     execs: usize,
     samples: &mut Samples,
+    facts: &mut Vec<String>,
 ) -> Result<()> {
+    // Among as many as the memory section has: they share the program's pages.
+    for _ in 1..PODS {
+        side.idle_pod().await?;
+    }
     let (pod, config) = side.run_pod().await?;
     let request = side.container_request(&pod, config.as_ref(), "idle", &["/bin/sleep", "100000"]);
     let container = side.runtime.create_container(request).await?.into_inner().container_id;
     let request = api::StartContainerRequest { container_id: container.clone() };
     side.runtime.start_container(request).await?;
     tokio::time::sleep(SETTLE).await;
-    let processes = side.daemon.ground().processes();
-    let shim = processes.into_iter().find(|pid| is_shim(*pid)).context("no shim runs")?;
+    let shim = shim_of(&pod).context("no shim runs")?;
+    let idle = pss(shim)?;
+    // Once of each: of the program's pages that only use needs, this shim alone has them, and that is no
+    // growth.
+    output(side, &pod, config.as_ref(), image, usize::MAX, &mut Samples::default()).await?;
+    let request = api::ExecSyncRequest {
+        container_id: container.clone(),
+        cmd: vec!["/bin/true".into()],
+        timeout: 60,
+    };
+    side.runtime.exec_sync(request).await?;
+    tokio::time::sleep(SETTLE).await;
     let before = pss(shim)?;
     for round in 0..rounds {
         progress(format!("output {}/{rounds} of {}", round + 1, side.column));
@@ -136,7 +160,10 @@ async fn growth(
         .await?;
     tokio::time::sleep(SETTLE).await;
     let after = pss(shim)?;
-    progress(format!("shim: {before} KiB before, {after} KiB after"));
+    facts.push(format!(
+        "PSS of a shim among {PODS}: {idle} KiB idle, {before} KiB after one exec and one container's \
+         output, {after} KiB after {execs} execs and {rounds} times that output"
+    ));
     samples.add(SHIM_GROWTH, HOLDFAST, (after / before - 1.0) * 100.0);
     Ok(())
 }
@@ -234,6 +261,9 @@ async fn under_conmon(
         .arg(at.join("conmon.pid"))
         .arg("--log-path")
         .arg(format!("k8s-file:{}", log.display()))
+        // Else it wants a directory of CRI-O's.
+        .arg("--socket-dir-path")
+        .arg(&at)
         .arg("--exit-dir")
         .arg(&exits))?;
     // It answers when the container is created only to who gives it a pipe.

@@ -2,7 +2,6 @@
 //! with ten of them.
 
 use std::{
-    fs,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -10,11 +9,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use holdfast_protos::cri as api;
 
 use super::{
-    Plan, Side, progress,
+    Plan, Side, cpu, progress,
     samples::{EVENT, EVENT_TEN, Samples},
 };
 use crate::wait::{Look, eventually};
@@ -36,8 +35,10 @@ pub(super) async fn run(plan: &Plan, samples: &mut Samples, sides: &mut [Side]) 
         progress(format!("events {}/{rounds}", round + 1));
         for (side, (pod, config)) in sides.iter_mut().zip(&pods) {
             for (metric, subscribers) in [(EVENT, 0), (EVENT_TEN, SUBSCRIBERS)] {
-                let micros = one(side, pod, config.as_ref(), subscribers).await?;
-                samples.add(metric, side.column, micros);
+                // Before containerd 1.7 there are none to subscribe to.
+                if let Some(micros) = one(side, pod, config.as_ref(), subscribers).await? {
+                    samples.add(metric, side.column, micros);
+                }
             }
         }
     }
@@ -47,19 +48,23 @@ pub(super) async fn run(plan: &Plan, samples: &mut Samples, sides: &mut [Side]) 
     Ok(())
 }
 
-/// Microseconds of the daemon's CPU for each event, and for what it did that the event tells.
+/// Microseconds of the daemon's CPU for each event, and for what it did that the event tells; `None`: it
+/// has no events.
 async fn one(
     side: &mut Side,
     pod: &str,
     config: Option<&api::PodSandboxConfig>,
     subscribers: usize,
-) -> Result<f64> {
+) -> Result<Option<f64>> {
     let told = Arc::new(AtomicUsize::new(0));
     let mut readers = tokio::task::JoinSet::new();
     for _ in 0..subscribers {
         // A connection each, as different programs have; it must have no deadline.
         let mut client = side.daemon.cri().deadline(Duration::from_secs(3600)).runtime();
-        let stream = client.get_container_events(api::GetEventsRequest {}).await?;
+        let stream = match client.get_container_events(api::GetEventsRequest {}).await {
+            Err(status) if status.code() == tonic::Code::Unimplemented => return Ok(None),
+            answer => answer?,
+        };
         let (mut stream, told) = (stream.into_inner(), told.clone());
         readers.spawn(async move {
             while let Ok(Some(_)) = stream.message().await {
@@ -88,22 +93,5 @@ async fn one(
     let spent = cpu(pid)?.saturating_sub(before);
     ensure!(readers.len() == subscribers, "a subscription ended");
     readers.abort_all();
-    Ok(spent.as_secs_f64() * 1e6 / events as f64)
-}
-
-/// CPU time of a process with all of its threads, those that ended too (proc_pid_stat(5)).
-fn cpu(pid: i32) -> Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    // The name, in brackets, may have anything in it.
-    let fields = text.rsplit_once(')').context("no name in it")?.1;
-    let ticks: u64 = fields
-        .split_whitespace()
-        .skip(11)
-        .take(2)
-        .map(str::parse::<u64>)
-        .sum::<Result<u64, _>>()
-        .with_context(|| format!("no times in {path}"))?;
-    let second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("no clock")?;
-    Ok(Duration::from_secs_f64(ticks as f64 / second as f64))
+    Ok(Some(spent.as_secs_f64() * 1e6 / events as f64))
 }

@@ -97,6 +97,22 @@ pub const PULL_UP_TO_DATE: &str = "Pull, up to date";
 pub const EVENT: &str = "CPU per event";
 /// The same with ten subscribers.
 pub const EVENT_TEN: &str = "CPU per event, 10 subs";
+/// From the start of a daemon that was killed with a hundred pods to the first complete lists.
+pub const KILL_LIST: &str = "Kill, 100 pods: listed";
+/// The same, until the daemon is connected to every shim.
+pub const KILL_LINKS: &str = "Kill, 100 pods: shims";
+/// Lines that a container wrote meanwhile, at 50 MB/s, and that are not in its log.
+pub const KILL_LOST: &str = "Kill: lines lost";
+/// Its longest write.
+pub const KILL_STALL: &str = "Kill: longest write";
+/// Three lists together, beside pods that are stuck.
+pub const STUCK_LISTS: &str = "Stuck: three lists";
+/// A status of the runtime, a pod or a container, likewise; also of what is stuck.
+pub const STUCK_STATUS: &str = "Stuck: a status";
+/// Two lists of statistics together, likewise.
+pub const STUCK_STATS: &str = "Stuck: two lists of stats";
+/// An exec in a pod that is not stuck.
+pub const STUCK_EXEC: &str = "Stuck: exec elsewhere";
 /// From the start of the daemon to the first complete lists.
 pub const RESTART: &str = "Restart, 30 pods";
 /// PSS of a shim.
@@ -104,7 +120,7 @@ pub const SHIM: &str = "Shim PSS per pod";
 /// That and what the daemon grew by.
 pub const POD_MEMORY: &str = "Shim + daemon per pod";
 
-/// How much more a shim has after 10,000 execs and 1 GB of output than idle.
+/// How much more a shim has after 10,000 execs and 1 GB of output than after one exec and a quarter of it.
 pub const SHIM_GROWTH: &str = "Shim PSS growth in use";
 /// 256 MB in lines of 100 bytes, to the end of the container; the floor is conmon.
 pub const LOG: &str = "Output, 256 MB";
@@ -159,6 +175,14 @@ const METRICS: &[(&str, &str)] = &[
     (EVENT, "µs"),
     (EVENT_TEN, "µs"),
     (RESTART, "ms"),
+    (KILL_LIST, "ms"),
+    (KILL_LINKS, "ms"),
+    (KILL_LOST, ""),
+    (KILL_STALL, "ms"),
+    (STUCK_LISTS, "ms"),
+    (STUCK_STATUS, "ms"),
+    (STUCK_STATS, "ms"),
+    (STUCK_EXEC, "ms"),
     (SHIM, "KiB"),
     (POD_MEMORY, "KiB"),
     (SHIM_GROWTH, "%"),
@@ -171,7 +195,7 @@ const METRICS: &[(&str, &str)] = &[
     (SHIM_BINARY, "KiB"),
 ];
 
-const BARS: [Bar; 27] = [
+const BARS: &[Bar] = &[
     Bar { metric: RUN_POD, against: Against::Floor, limit: 10.0 },
     Bar { metric: CREATE_START, against: Against::Floor, limit: 6.0 },
     Bar { metric: STOP, against: Against::Zero, limit: 15.0 },
@@ -190,6 +214,14 @@ const BARS: [Bar; 27] = [
     Bar { metric: PULL_SHARED, against: Against::Zero, limit: 1.0 },
     Bar { metric: PULL_UP_TO_DATE, against: Against::Zero, limit: 20.0 },
     Bar { metric: RESTART, against: Against::Zero, limit: 150.0 },
+    Bar { metric: KILL_LIST, against: Against::Zero, limit: 150.0 },
+    Bar { metric: KILL_LINKS, against: Against::Zero, limit: 500.0 },
+    Bar { metric: KILL_LOST, against: Against::Most, limit: 0.0 },
+    Bar { metric: KILL_STALL, against: Against::Most, limit: 50.0 },
+    Bar { metric: STUCK_LISTS, against: Against::Most, limit: 100.0 },
+    Bar { metric: STUCK_STATUS, against: Against::Most, limit: 100.0 },
+    Bar { metric: STUCK_STATS, against: Against::Most, limit: 100.0 },
+    Bar { metric: STUCK_EXEC, against: Against::Zero, limit: 100.0 },
     Bar { metric: SHIM, against: Against::Zero, limit: 450.0 },
     Bar { metric: POD_MEMORY, against: Against::Zero, limit: 650.0 },
     Bar { metric: EXEC, against: Against::Times(FLOOR), limit: 1.15 },
@@ -226,7 +258,7 @@ impl Samples {
     /// The table for people: medians, with the 90th percentile behind them.
     pub fn table(&self) -> String {
         let mut text = format!(
-            "{:<22} {:>4}  {:>17}  {:>17}  {:>17}  {:>7}  {:>7}\n",
+            "{:<25} {:>4}  {:>17}  {:>17}  {:>17}  {:>7}  {:>7}\n",
             "p50 (p90)", "", FLOOR, HOLDFAST, CONTAINERD, "ratio", "p99"
         );
         for &(metric, unit) in METRICS {
@@ -247,7 +279,7 @@ impl Samples {
                 .map_or("-".into(), |value| format!("{value:.1}"));
             let _ = writeln!(
                 text,
-                "{metric:<22} {unit:>4}  {:>17}  {:>17}  {:>17}  {ratio:>7}  {p99:>7}",
+                "{metric:<25} {unit:>4}  {:>17}  {:>17}  {:>17}  {ratio:>7}  {p99:>7}",
                 cell(FLOOR),
                 cell(HOLDFAST),
                 cell(CONTAINERD)
@@ -267,7 +299,8 @@ impl Samples {
                 Against::Times(other) => Some(median / self.median(bar.metric, other)?),
             }
         };
-        BARS.into_iter()
+        BARS.iter()
+            .copied()
             .filter_map(|bar| {
                 let other = match bar.against {
                     Against::Times(CONTAINERD) => None,
@@ -292,7 +325,7 @@ impl Samples {
             let other = other.map_or(String::new(), |value| format!(" (containerd {value:.2})"));
             let _ = writeln!(
                 text,
-                "{:<22} {seen:>8.2}{over} <= {}: {verdict}{other}",
+                "{:<25} {seen:>8.2}{over} <= {}: {verdict}{other}",
                 bar.metric, bar.limit
             );
         }

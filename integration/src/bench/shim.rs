@@ -102,7 +102,7 @@ pub async fn under_containerd(
 }
 
 /// The process that was started with `-id` and this id.
-fn shim_of(id: &str) -> Option<i32> {
+pub(super) fn shim_of(id: &str) -> Option<i32> {
     names_in(Path::new("/proc")).iter().filter_map(|name| name.parse().ok()).find(|pid: &i32| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let words: Vec<_> = line.split(|byte| *byte == 0).collect();

@@ -1,14 +1,14 @@
 //! What it costs to watch a node with many running containers: lists, statuses, statistics and metrics,
 //! as a kubelet and a scraper ask for them; with the processor time that the daemon needs.
 
-use std::{fs, time::Instant};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use holdfast_protos::cri as api;
 
 use super::{
-    Plan, Side, WIDTH, millis, progress,
+    Plan, Side, WIDTH, cpu, millis, progress,
     samples::{
         CONTAINERD, Samples, WATCH_CPU, WATCH_LIST, WATCH_METRICS, WATCH_POD_STATS, WATCH_STATS,
         WATCH_STATUS,
@@ -55,13 +55,13 @@ pub(super) async fn watch(plan: &Plan, samples: &mut Samples, sides: &mut [Side]
     let rounds = if plan.quick { 10 } else { ROUNDS };
     for question in Question::ALL {
         progress(format!("{question:?}"));
-        let (time, cpu) = question.names();
+        let (time, cpu_time) = question.names();
         for side in sides.iter_mut() {
             // Not every runtime has metrics.
             if side.column == CONTAINERD && matches!(question, Question::Metrics) {
                 continue;
             }
-            let before = cpu_millis(side.daemon.pid())?;
+            let before = cpu(side.daemon.pid())?;
             for _ in 0..rounds {
                 let started = Instant::now();
                 let found = side.ask(question).await?;
@@ -69,8 +69,8 @@ pub(super) async fn watch(plan: &Plan, samples: &mut Samples, sides: &mut [Side]
                 ensure!(found > 0, "{question:?}: nothing is told");
             }
             // The kernel counts in hundredths of a second: only many calls together say something.
-            let used = cpu_millis(side.daemon.pid())? - before;
-            samples.add(cpu, side.column, used / rounds as f64);
+            let used = (cpu(side.daemon.pid())? - before).as_secs_f64() * 1000.0;
+            samples.add(cpu_time, side.column, used / rounds as f64);
         }
     }
     for side in sides.iter_mut() {
@@ -131,15 +131,4 @@ impl Side {
             }
         })
     }
-}
-
-/// User and kernel time of a process, in milliseconds (proc_pid_stat(5): hundredths of a second).
-fn cpu_millis(pid: i32) -> Result<f64> {
-    let path = format!("/proc/{pid}/stat");
-    let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-    let behind = text.rsplit_once(')').context("a process has a name")?.1;
-    let fields: Vec<&str> = behind.split_whitespace().collect();
-    let ticks =
-        |at: usize| -> Result<f64> { Ok(fields.get(at).context("it is cut off")?.parse()?) };
-    Ok((ticks(11)? + ticks(12)?) * 10.0)
 }

@@ -6,8 +6,8 @@
 //!   --json FILE    writes every figure there
 //!   --quick        fewer rounds, a list of 100 containers
 //!   --rounds N     rounds of the lifecycle section (default 20, with --quick 4)
-//!   --only NAME    shim, memory, restart, lifecycle, list, watch, pull, endurance or events; may be
-//!                  repeated
+//!   --only NAME    shim, memory, restart, lifecycle, list, watch, pull, endurance, events, survival or
+//!                  stuck; may be repeated
 //!   --image NAME   ten, one, forty, ten-zstd, one-zstd, forty-zstd, many or shared: what the pull
 //!                  section pulls; may be repeated
 //!   --no-peer      leaves containerd out

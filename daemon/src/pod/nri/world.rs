@@ -9,13 +9,13 @@ use tracing::{info, warn};
 
 use super::{
     super::{
-        ContainerView, Error, Pod, PodView, Pods, Shared,
+        ContainerView, Pod, PodView, Pods, Shared, answered,
         config::Resources,
         container::stop,
         state::PodState,
-        task::{Answer, Command, Request},
+        task::{Answer, Request},
     },
-    Change, container, pod, refused, resources, spec_of,
+    Change, container, pod, read_spec, refused, resources, spec_of,
 };
 use crate::{error::chain, id::ContainerId, nri, shims::Link};
 
@@ -72,7 +72,6 @@ impl Pods {
         asked: Resources,
     ) -> Shared<()> {
         let services = self.services.clone();
-        let (reply, answer) = oneshot::channel();
         let mut turn = services.nri.line().await;
         let told = !turn.is_idle();
         let mut change = Change::from(asked);
@@ -92,11 +91,9 @@ impl Pods {
             done = updated.done;
         }
         let request = Request::Update { id: id.clone(), change: Box::new(change) };
-        let command = Command::Request { request, reply, cause: tracing::Span::current() };
-        let sent = of.commands.send(command).await;
+        let order = of.order(request).await;
         drop(turn);
-        sent.map_err(|_| Arc::new(Error::Closed))?;
-        let answer = answer.await.map_err(|_| Arc::new(Error::Closed))?;
+        let answer = answered(order?).await;
         self.tracker.spawn(done);
         answer?;
         if told && let Ok(found) = of.container(&id) {
@@ -165,10 +162,8 @@ impl nri::World for World {
                         state.ended.push(of.record.id.to_string());
                         continue;
                     }
-                    let path = services.shims.container_bundle(&of.record.id).config();
-                    let spec = std::fs::read(path).ok();
-                    let spec = spec.and_then(|json| serde_json::from_slice(&json).ok());
-                    state.containers.push(container(&of.record, &spec.unwrap_or_default()));
+                    let spec = read_spec(&services, &of.record.id);
+                    state.containers.push(container(&of.record, &spec));
                 }
             }
             state
@@ -210,11 +205,8 @@ impl nri::World for World {
         }
         async move {
             for (update, answer) in waiting {
-                let error = match answer.await {
-                    Ok(Ok(_)) => continue,
-                    Ok(Err(error)) => chain(&*error),
-                    Err(_) => "the daemon is shutting down".to_owned(),
-                };
+                let Err(error) = answered(answer).await else { continue };
+                let error = chain(&*error);
                 info!(container = update.container_id, plugin, error, "not updated");
                 failed.push(update);
             }
@@ -243,14 +235,8 @@ impl World {
         if matches!(*pod.link.borrow(), Link::Down) {
             return Err("its pod is not ready".to_owned());
         }
-        let (reply, answer) = oneshot::channel();
         let id = found.record.id.clone();
         let request = Request::Update { id, change: Box::new(Change::of(limits)) };
-        let sent = pod
-            .commands
-            .send(Command::Request { request, reply, cause: tracing::Span::current() })
-            .await;
-        sent.map_err(|_| "the daemon is shutting down".to_owned())?;
-        Ok(answer)
+        pod.order(request).await.map_err(|error| chain(&*error))
     }
 }
