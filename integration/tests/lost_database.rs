@@ -67,7 +67,11 @@ const DAMAGES: [(&str, Damage); 6] = [
     }),
     ("gone", |db| Ok(fs::remove_file(db)?)),
     ("empty", |db| Ok(fs::write(db, "")?)),
-    ("garbage", |db| Ok(fs::write(db, "not a database ".repeat(2000))?)),
+    ("garbage, without its log", |db| {
+        // With it, it would be whole: all pages are in the log.
+        fs::write(db, "not a database ".repeat(2000))?;
+        Ok(fs::remove_file(wal(db))?)
+    }),
     ("half of it, without its log", |db| {
         let file = fs::File::options().write(true).open(db)?;
         file.set_len(file.metadata()?.len() / 2 + 100)?;
