@@ -3,7 +3,7 @@
 //! ```text
 //! <root>/layers/<number>      unpacked layers, in overlayfs form       (layers, unpack, erofs, tar)
 //! <root>/recipes/<number>     how to make a layer's archive again      (recipe)
-//! <root>/ingest/<number>      the same on their way                    (pull, registry, archive)
+//! <root>/lanes/<n>/<number>   the same on their way                    (pull, registry, archive)
 //! <root>/snapshots/<id>       containers' writable layers              (snapshots, overlay)
 //! <root>/images/<digest>.json copies of images' records                (store/copies)
 //! ```
@@ -1079,9 +1079,11 @@ impl Found {
         let on_disk: HashSet<u64> = layers::numbered(&dirs.layers())?.into_iter().collect();
         let recipes = layers::numbered(&dirs.recipes())?;
         let ingest = layers::numbered(&dirs.ingest())?;
-        let all = named.iter().chain(&on_disk).chain(&recipes).chain(&ingest);
+        let mut leftovers = dirs.in_lanes()?;
+        let number = |path: &PathBuf| path.file_name()?.to_str()?.parse().ok();
+        let lanes: Vec<u64> = leftovers.iter().filter_map(number).collect();
+        let all = named.iter().chain(&on_disk).chain(&recipes).chain(&ingest).chain(&lanes);
         let next = all.max().map_or(1, |n| n + 1);
-        let mut leftovers = Vec::new();
         for entry in std::fs::read_dir(dirs.ingest())? {
             leftovers.push(entry?.path());
         }

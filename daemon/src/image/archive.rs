@@ -357,7 +357,10 @@ impl Spool {
                         let config = &manifest.config.digest;
                         (config.clone(), self.blob(config, MAX_CONFIG)?)
                     }
-                    Some(kind) => (entry.digest.clone(), Config::of_artifact(kind, platform)),
+                    Some(kind) => {
+                        let config = Config::of_artifact(kind, platform, &manifest.layers);
+                        (entry.digest.clone(), config)
+                    }
                 };
                 let config = Config::parse(&config_bytes)?;
                 config.check_platform(platform)?;

@@ -7,12 +7,20 @@
 //! directory. So "is it still needed" and "forget it" are one transaction.
 //!
 //! ```text
-//! ingest/<number>         --unpacked, fitted-->  layers/<number>   --syncfs, transaction-->  recorded
+//! lanes/<lane>/<number>   --unpacked, fitted-->  layers/<number>   --syncfs, transaction-->  recorded
 //! ingest/<number>.recipe  --------------------->  recipes/<number>
 //! ```
 //! A crash leaves directories without a row; `Images::open` gives them to the reaper. But for layers that
 //! were complete when their pull was interrupted: as long as the machine was not started again the kernel
 //! has all of them, synced or not, and the next pull goes on from there ([`Layers::adopt`]).
+//!
+//! # Lanes
+//! ext4 makes a directory's files near it, in the same block group, and does not give out inodes that were
+//! freed less than a minute (or five) ago: it looks at each of them again for each file that is made. A node
+//! that removes an image of 30,000 files and pulls another spends a third of its time there, if all layers are made
+//! below one directory. So they are made in turns below one of [`LANES`], which are in block groups of their
+//! own, because the directory that has them is marked as one whose subdirectories are unrelated (FS_TOPDIR_FL,
+//! chattr(1) "T"). A layer's number says which lane.
 //!
 //! [`Layer::archive`] gives a layer's archive again, byte for byte ([`super::recipe`]).
 //!
@@ -57,6 +65,10 @@ use crate::{
     id::Digest,
     store::{Store, images::LayerRecord},
 };
+
+/// How many lanes there are: more than the layers of most images, so that those of one that was just
+/// removed are not in the way of the next.
+pub(super) const LANES: u64 = 64;
 
 /// What names a layer in records: its directory in `layers`.
 pub type LayerId = u64;
@@ -176,7 +188,7 @@ impl Staged {
 impl Drop for Staged {
     fn drop(&mut self) {
         if !self.placed {
-            self.shared.reap(Reap::Path(self.shared.ingest.join(self.number.to_string())));
+            self.shared.reap(Reap::Path(self.shared.lane(self.number)));
             self.shared.reap(Reap::Path(self.shared.ingest.join(recipe_name(self.number))));
         }
     }
@@ -188,7 +200,7 @@ pub struct Slot(Staged);
 impl Slot {
     /// Where; does not exist yet.
     pub fn path(&self) -> PathBuf {
-        self.0.shared.ingest.join(self.0.number.to_string())
+        self.0.shared.lane(self.0.number)
     }
     /// Where its recipe goes; does not exist yet.
     pub fn recipe(&self) -> PathBuf {
@@ -215,6 +227,7 @@ struct Shared {
     layers: PathBuf,
     recipes: PathBuf,
     ingest: PathBuf,
+    lanes: PathBuf,
     bytes: AtomicU64,
     inodes: AtomicU64,
     /// The daemon ends: what is let go is left to the next start.
@@ -224,6 +237,11 @@ struct Shared {
 }
 
 impl Shared {
+    /// Where the layer of this number is made.
+    fn lane(&self, number: u64) -> PathBuf {
+        self.lanes.join((number % LANES).to_string()).join(number.to_string())
+    }
+
     fn reap(&self, what: Reap) {
         // The reaper ends with the runtime; the next start finds what is left.
         let _ = self.reaper.send(what);
@@ -248,6 +266,7 @@ impl Layers {
             layers: root.join("layers"),
             recipes: root.join("recipes"),
             ingest: root.join("ingest"),
+            lanes: root.join("lanes"),
             bytes: AtomicU64::new(0),
             inodes: AtomicU64::new(0),
             closing: AtomicBool::new(false),
@@ -383,7 +402,7 @@ impl Layers {
     /// Moves a layer to its place, fitted to `below` (from the bottom) if it must be. Blocks.
     /// It is not yet synced, and not recorded.
     pub fn place(&self, mut staged: Staged, below: &[Arc<Layer>]) -> io::Result<Arc<Layer>> {
-        let from = self.shared.ingest.join(staged.number.to_string());
+        let from = self.shared.lane(staged.number);
         let mut chain = staged.unpacked.file.as_deref().map_or_else(String::new, file_chain);
         let mut kept = staged.unpacked.kept.take();
         if staged.depends_on_parents() {

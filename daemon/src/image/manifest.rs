@@ -389,11 +389,12 @@ pub struct Config {
 
 impl Config {
     /// What is kept as the config of an artifact, which has none that we know.
-    pub fn of_artifact(kind: &str, platform: &Platform) -> Vec<u8> {
+    pub fn of_artifact(kind: &str, platform: &Platform, layers: &[Descriptor]) -> Vec<u8> {
+        let digests: Vec<&Digest> = layers.iter().map(|layer| &layer.digest).collect();
         serde_json::json!({
             "os": platform.os,
             "architecture": platform.architecture,
-            "rootfs": {"type": "layers", "diff_ids": []},
+            "rootfs": {"type": "layers", "diff_ids": digests},
             "holdfast.artifactType": kind,
         })
         .to_string()

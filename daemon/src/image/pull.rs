@@ -338,7 +338,7 @@ async fn resolve(
         match Document::parse(&document.bytes, &document.media_type)? {
             Document::Manifest(manifest) => {
                 if let Some(kind) = &manifest.artifact {
-                    let bytes = Config::of_artifact(kind, platform);
+                    let bytes = Config::of_artifact(kind, platform, &manifest.layers);
                     let config = Config::parse(&bytes)?;
                     return Ok((document, manifest, bytes.into(), config));
                 }

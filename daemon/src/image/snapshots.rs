@@ -21,7 +21,7 @@ use rustix::{
 
 use super::{
     Error,
-    layers::{self, Layer},
+    layers::{self, LANES, Layer},
     overlay::{self, Lower, Overlay},
     tree, unpack,
 };
@@ -53,7 +53,35 @@ impl Dirs {
         ] {
             std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
         }
+        self.make_lanes()
+    }
+    /// Where layers are unpacked, in turns (`layers`, "Lanes").
+    fn make_lanes(&self) -> io::Result<()> {
+        use std::os::unix::fs::DirBuilderExt;
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(self.lanes())?;
+        let lanes = unpack::open_root(&self.lanes())?;
+        if let Ok(flags) = rustix::fs::ioctl_getflags(&lanes) {
+            // File systems without block groups have no such thing, and need none.
+            let _ = rustix::fs::ioctl_setflags(&lanes, flags | rustix::fs::IFlags::TOPDIR);
+        }
+        for lane in 0..LANES {
+            builder.create(self.lanes().join(lane.to_string()))?;
+        }
         Ok(())
+    }
+    pub(super) fn lanes(&self) -> PathBuf {
+        self.root.join("lanes")
+    }
+    /// All that is in one of them.
+    pub(super) fn in_lanes(&self) -> io::Result<Vec<PathBuf>> {
+        let mut found = Vec::new();
+        for lane in 0..LANES {
+            for entry in std::fs::read_dir(self.lanes().join(lane.to_string()))? {
+                found.push(entry?.path());
+            }
+        }
+        Ok(found)
     }
     pub(super) fn layers(&self) -> PathBuf {
         self.root.join("layers")
