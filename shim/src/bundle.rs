@@ -402,7 +402,7 @@ mod tests {
     fn the_text_of_a_record_is_stable() {
         assert_eq!(
             serde_json::to_string(&record()).unwrap(),
-            r#"{"pid":4711,"status":{"Signal":9},"at":"2023-11-14T22:13:20.123456789Z","oom_killed":true}"#
+            r#"{"pid":4711,"status":{"Signal":9},"started_at":"2023-11-14T22:13:19.000000005Z","at":"2023-11-14T22:13:20.123456789Z","oom_killed":true}"#
         );
     }
 }

@@ -59,11 +59,12 @@ fn the_record_of_an_exit_is_as_it_was() {
     };
     assert_eq!(serde_json::to_string(&record).unwrap(), golden);
     assert_eq!(serde_json::from_str::<ExitRecord>(golden).unwrap(), record);
-    let killed = ExitRecord { status: Exit::Signal(9), oom_killed: true, lost: true, ..record.clone() };
+    let killed =
+        ExitRecord { status: Exit::Signal(9), oom_killed: true, lost: true, ..record.clone() };
     let golden = r#"{"pid":42,"status":{"Signal":9},"at":"2023-11-14T22:13:20.000000005Z","oom_killed":true,"lost":true}"#;
     assert_eq!(serde_json::to_string(&killed).unwrap(), golden);
     let started = ExitRecord { started_at: Some(UNIX_EPOCH), ..record };
-    let golden = r#"{"pid":42,"status":{"Code":3},"started_at":"1970-01-01T00:00:00Z","at":"2023-11-14T22:13:20.000000005Z","oom_killed":false}"#;
+    let golden = r#"{"pid":42,"status":{"Code":3},"started_at":"1970-01-01T00:00:00.000000000Z","at":"2023-11-14T22:13:20.000000005Z","oom_killed":false}"#;
     assert_eq!(serde_json::to_string(&started).unwrap(), golden);
     assert_eq!(serde_json::from_str::<ExitRecord>(golden).unwrap(), started);
 }
