@@ -55,7 +55,7 @@ PREVIOUS   := $(TARGET_DIR)/previous
 # a registry, the content of test images, and other shims and runtimes to test against. No service of
 # theirs is started.
 PACKAGES   := runc crun containernetworking-plugins iproute2 iptables nftables docker-registry \
-              busybox-static e2fsprogs python3 ca-certificates gcc libc6-dev containerd runsc
+              busybox-static e2fsprogs python3 ca-certificates gcc g++ libc6-dev containerd runsc
 # What is measured beside, and nothing else needs.
 BENCH_PACKAGES := conmon
 
@@ -173,6 +173,25 @@ soak: root deps test-bins previous ## the tests of survival at full size, an hou
 .PHONY: power-cuts
 power-cuts: root deps ## cuts the power 200 times while images are pulled (root); CUTS=n for another number
 	@$(give_back); HOLDFAST_POWER_CUTS=$(or $(CUTS),200) $(CARGO) test --locked -p holdfast-integration --test power -- --nocapture
+
+# libFuzzer needs to see which code is run. The compiler that builds everything else can tell it that: no
+# cargo-fuzz, and no nightly compiler.
+FUZZ_SECONDS ?= 120
+FUZZ         ?= layer_tar layer_unpack nri_frames spdy_frames websocket_messages
+FUZZ_FLAGS   := --cfg fuzzing -C debug-assertions -C overflow-checks -C codegen-units=1 -C passes=sancov-module \
+                $(addprefix -C llvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
+
+.PHONY: fuzz
+fuzz: root deps ## bytes of strangers, FUZZ_SECONDS=n for each target; FUZZ=name for one (root)
+	@cd fuzz; triple=$$(rustc -vV | sed -n 's/^host: //p'); out=$(TARGET_DIR)/fuzz; \
+	RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build --locked --release --target $$triple --target-dir $$out; \
+	./seeds.sh $$out/seeds; scratch=$$(mktemp -d -p /dev/shm); \
+	trap 'rm -rf '$$scratch'; [ -z "$${SUDO_UID:-}" ] || chown -R "$$SUDO_UID:$${SUDO_GID:-$$SUDO_UID}" $(TARGET_DIR)' EXIT; \
+	for target in $(FUZZ); do \
+	  mkdir -p $$out/corpus/$$target; seeds=; case $$target in layer_*) seeds=$$out/seeds;; esac; \
+	  echo "fuzz: $$target, $(FUZZ_SECONDS) s; what it finds goes to $$out/found-*"; \
+	  TMPDIR=$$scratch $$out/$$triple/release/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 \
+	    -rss_limit_mb=1024 -print_final_stats=1 -print_funcs=0 -verbosity=0 -artifact_prefix=$$out/found-$$target- $$out/corpus/$$target $$seeds; done
 
 .PHONY: bench
 bench: PACKAGES += $(BENCH_PACKAGES)

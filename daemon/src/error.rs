@@ -3,7 +3,7 @@
 //! Every public error of the daemon has a `kind()`. What is sent is the whole chain on one line:
 //! the kubelet shows it to users as it is.
 
-use std::error::Error as StdError;
+use std::{error::Error as StdError, io};
 
 /// What a caller can do about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,14 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// That of an error of the file system: there is no room, or something is wrong.
+    pub fn of_disk(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Exhausted,
+            _ => Kind::Internal,
+        }
+    }
+
     /// The gRPC code of this kind.
     pub fn code(self) -> tonic::Code {
         match self {

@@ -21,6 +21,7 @@
 //! layers stay until the last root file system on them is removed.
 
 pub mod archive;
+mod attributes;
 pub mod authfile;
 pub mod commit;
 mod connect;
@@ -28,6 +29,7 @@ pub mod diff;
 pub mod erofs;
 mod fit;
 pub mod hosts;
+mod ids;
 pub mod layers;
 pub mod manifest;
 pub mod names;
@@ -50,6 +52,8 @@ pub mod tree;
 pub mod unpack;
 mod verify;
 
+#[cfg(test)]
+mod format_tests;
 #[cfg(test)]
 mod node_tests;
 #[cfg(test)]
@@ -136,6 +140,16 @@ pub enum Error {
     /// A digest is no name to give.
     #[error("{0:?} names a content: a name that can be given to an image is a tag")]
     DigestName(String),
+    /// It has files, and no program.
+    #[error("{name} is no container image but an artifact of type {kind:?}: {what}")]
+    Artifact {
+        /// Its id.
+        name: Digest,
+        /// What it says to be.
+        kind: String,
+        /// What can be done instead.
+        what: &'static str,
+    },
     /// It is given by its id, and could go anywhere.
     #[error("image {0:?} has no such name: say as what it is to be pushed")]
     NoName(String),
@@ -246,18 +260,16 @@ impl Error {
 
 impl Kinded for Error {
     fn kind(&self) -> Kind {
-        let disk = |e: &io::Error| match e.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Exhausted,
-            _ => Kind::Internal,
-        };
         match self {
             Error::Reference(_) | Error::Platform(_) => Kind::Invalid,
             Error::Registries(e) => e.kind(),
-            Error::DigestName(_) | Error::NoName(_) => Kind::Invalid,
+            Error::DigestName(_) | Error::NoName(_) | Error::Artifact { .. } => Kind::Invalid,
             Error::Push { source, .. } => source.kind(),
             Error::NoImage(_) | Error::NoSnapshot(_) => Kind::NotFound,
             Error::Commit { source, .. } => match source {
-                commit::Error::Read { source, .. } | commit::Error::Write(source) => disk(source),
+                commit::Error::Read { source, .. } | commit::Error::Write(source) => {
+                    Kind::of_disk(source)
+                }
                 commit::Error::Refused { .. } => Kind::Precondition,
                 commit::Error::Config(_) => Kind::Internal,
             },
@@ -270,7 +282,7 @@ impl Kinded for Error {
             Error::Open { source, .. }
             | Error::Snapshot { source, .. }
             | Error::Mount { source, .. }
-            | Error::Attach { source, .. } => disk(source),
+            | Error::Attach { source, .. } => Kind::of_disk(source),
             Error::Store(e) => e.kind(),
             Error::Stopped(_) => Kind::Unavailable,
         }
@@ -298,6 +310,8 @@ pub struct Image {
     pub platform: Platform,
     /// When it was made, as its config writes it; may be empty.
     pub created: String,
+    /// What it says to be, if it is no container image but an artifact: files.
+    pub artifact: Option<String>,
     /// When it came to this node.
     pub added: SystemTime,
     layers: Vec<Arc<Layer>>,
@@ -312,6 +326,14 @@ impl Image {
     /// Digests of its uncompressed layers, from the bottom.
     pub fn diff_ids(&self) -> Vec<Digest> {
         self.layers.iter().map(|layer| layer.diff_id.clone()).collect()
+    }
+
+    /// An error if it is an artifact; `what` can be done instead.
+    fn check_kind(&self, what: &'static str) -> Result<(), Error> {
+        match &self.artifact {
+            None => Ok(()),
+            Some(kind) => Err(Error::Artifact { name: self.id.clone(), kind: kind.clone(), what }),
+        }
     }
 
     /// Handles of its layers, from the bottom, which keep them on disk. [`Layer::archive`] makes
@@ -424,6 +446,9 @@ struct Shared {
 /// How long layers of a pull that was interrupted wait for the next one. A kubelet tries again within
 /// five minutes.
 const KEEP_UNFINISHED: Duration = Duration::from_secs(15 * 60);
+
+/// What to do with an artifact that is to be given away.
+const ELSEWHERE: &str = "its files can be used here, and copied from its registry";
 
 /// What is visible. Never changed, only replaced.
 #[derive(Clone, Default)]
@@ -710,6 +735,7 @@ impl Images {
         let mut images: Vec<save::Whole> = Vec::new();
         for any in names {
             let image = self.find(any).ok_or_else(|| Error::NoImage(any.clone()))?;
+            image.check_kind(ELSEWHERE)?;
             let meant: Vec<String> = self.meanings(any).iter().map(ToString::to_string).collect();
             let tag = image.names.iter().find(|name| meant.contains(name));
             let tags = tag.map_or_else(|| image.names.clone(), |tag| vec![tag.clone()]);
@@ -751,6 +777,8 @@ impl Images {
         id: &ContainerId,
         image: &Image,
     ) -> Result<Snapshot, Error> {
+        image
+            .check_kind("a container cannot be made of it, but can mount it as an image volume")?;
         let (shared, id) = (self.shared.clone(), id.clone());
         let (image, layers) = (image.id.clone(), image.layers.clone());
         joined(
@@ -947,6 +975,7 @@ impl Shared {
                 annotations: new.annotations.clone(),
                 platform: new.config.platform,
                 created: new.config.created,
+                artifact: new.config.artifact,
                 added,
                 layers: new.layers,
             },
@@ -1027,6 +1056,7 @@ fn restore(
         annotations: stored.record.annotations,
         platform: config.platform,
         created: config.created,
+        artifact: config.artifact,
         added: UNIX_EPOCH + std::time::Duration::from_secs(stored.record.added),
         layers: on_disk,
     };

@@ -201,15 +201,8 @@ impl Kinded for Error {
                 | Failure::Wait(_) => Kind::Internal,
             },
             Error::Argument { .. } => Kind::Invalid,
-            Error::Record { source, .. }
-                if matches!(
-                    source.kind(),
-                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-                ) =>
-            {
-                Kind::Exhausted
-            }
-            Error::Record { .. } | Error::Damaged { .. } => Kind::Internal,
+            Error::Record { source, .. } => Kind::of_disk(source),
+            Error::Damaged { .. } => Kind::Internal,
             Error::Unsupported { .. } => Kind::Unsupported,
             Error::NotAttached(_) => Kind::NotFound,
             Error::Busy | Error::Stopped => Kind::Unavailable,

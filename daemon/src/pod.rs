@@ -591,13 +591,15 @@ impl Pods {
 
     /// A container and its pod, by its whole id.
     fn find_container_exactly(&self, id: &str) -> Result<(Pod, Arc<ContainerView>), Error> {
-        let pod = {
-            let index = self.index();
-            index.containers.get(id).and_then(|pod| index.pods.get(pod)).cloned()
-        };
-        let pod = pod.ok_or_else(|| Error::NoContainer(id.to_owned()))?;
+        let pod = self.pod_of(id).ok_or_else(|| Error::NoContainer(id.to_owned()))?;
         let view = pod.container(&id.parse().map_err(|_| Error::NoContainer(id.to_owned()))?)?;
         Ok((pod, view))
+    }
+
+    /// Whose a container is, by its whole id.
+    fn pod_of(&self, container: &str) -> Option<Pod> {
+        let index = self.index();
+        index.containers.get(container).and_then(|pod| index.pods.get(pod)).cloned()
     }
 
     /// Whether there is such a container.

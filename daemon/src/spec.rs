@@ -476,12 +476,16 @@ fn paths(privileged: bool, asked: &Option<Vec<String>>, default: &[&str]) -> Opt
 }
 
 fn namespaces(input: &Input<'_>) -> Vec<LinuxNamespace> {
-    let namespace = |typ, path: Option<&PathBuf>| {
-        let mut out = LinuxNamespace::default();
-        out.set_typ(typ).set_path(path.cloned());
-        out
-    };
-    let paths = input.namespaces;
+    let mut list = joined(input.namespaces);
+    // On v1 it would hide less than it breaks: the hierarchies are bound, not mounted anew.
+    if input.node.cgroup.mode == CgroupMode::V2 && !input.container.security.privileged {
+        list.push(namespace(LinuxNamespaceType::Cgroup, None));
+    }
+    list
+}
+
+/// Mounts of its own, and those of the pod's namespaces that it joins.
+fn joined(paths: &NamespacePaths) -> Vec<LinuxNamespace> {
     let mut list = vec![namespace(LinuxNamespaceType::Mount, None)];
     match &paths.pid {
         PidNamespace::New => list.push(namespace(LinuxNamespaceType::Pid, None)),
@@ -498,11 +502,13 @@ fn namespaces(input: &Input<'_>) -> Vec<LinuxNamespace> {
             list.push(namespace(typ, path.as_ref()));
         }
     }
-    // On v1 it would hide less than it breaks: the hierarchies are bound, not mounted anew.
-    if input.node.cgroup.mode == CgroupMode::V2 && !input.container.security.privileged {
-        list.push(namespace(LinuxNamespaceType::Cgroup, None));
-    }
     list
+}
+
+fn namespace(typ: LinuxNamespaceType, path: Option<&PathBuf>) -> LinuxNamespace {
+    let mut out = LinuxNamespace::default();
+    out.set_typ(typ).set_path(path.cloned());
+    out
 }
 
 /// Device nodes to make, and the rules of the cgroup. The runtime adds /dev/null and its kin.

@@ -120,7 +120,7 @@ impl Ground {
     }
 
     /// Kills, unmounts and removes all that belongs to it.
-    /// Ends all that a machine loses with its power: processes, mounts, cgroups. Links go with their
+    /// Ends all that a machine loses with its power: processes, mounts, cgroups, rules. Links go with their
     /// namespaces.
     ///
     /// # Errors
@@ -147,6 +147,7 @@ impl Ground {
         for cgroup in self.cgroups() {
             let _ = fs::remove_dir(&cgroup);
         }
+        remove_nat_rules(&self.network());
         Ok(())
     }
 

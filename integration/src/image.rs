@@ -95,6 +95,31 @@ impl Image {
         Builder::default()
     }
 
+    /// No image but an artifact: files by name, each a blob as it is (image-spec manifest.md
+    /// "Guidelines for Artifact Usage").
+    pub fn artifact(kind: &str, files: &[(&str, &[u8])]) -> Self {
+        let config = Blob::new("application/vnd.oci.empty.v1+json", b"{}".to_vec());
+        let layers: Vec<Blob> = files
+            .iter()
+            .map(|(_, content)| Blob::new("application/octet-stream", content.to_vec()))
+            .collect();
+        let described = layers.iter().zip(files).map(|(layer, (name, _))| {
+            let mut descriptor = layer.descriptor();
+            descriptor["annotations"] = json!({"org.opencontainers.image.title": name});
+            descriptor
+        });
+        let media_type = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = json!({
+            "schemaVersion": 2,
+            "mediaType": media_type,
+            "artifactType": kind,
+            "config": config.descriptor(),
+            "layers": described.collect::<Vec<_>>(),
+        });
+        let manifest = Blob::new(media_type, manifest.to_string().into_bytes());
+        Self { config, layers, manifest }
+    }
+
     /// The id that the node will know it by.
     pub fn id(&self) -> &str {
         &self.config.digest

@@ -188,6 +188,41 @@ async fn a_checkpoint_that_cannot_be_made_is_refused_and_the_container_goes_on()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_is_made_where_ctr_says_and_the_container_goes_on() -> Result<()> {
+    let mut peer = Peer::start().await?;
+    // With a script in criu's place: criu itself does not run on every kernel.
+    let gate = peer.containerd.gate()?;
+    peer.containerd.terminate()?;
+    peer.containerd.restart().await?;
+    peer.ctr(&peer.run(&["-d"], "c1", "echo > /tmp/runs; while :; do sleep 0.1; done"))?;
+    let runs = peer.rootfs.join("tmp/runs");
+    eventually(PATIENCE, "the container to run", async || {
+        Ok(Look::when(runs.exists(), || "it does not".into()))
+    })
+    .await?;
+    let dir = peer.containerd.ground().path().to_path_buf();
+    let (images, work) = (dir.join("images"), dir.join("work"));
+    for dir in [&images, &work] {
+        fs::create_dir(dir)?;
+    }
+    let (images_path, work_path) =
+        (images.to_str().context("text")?, work.to_str().context("text")?);
+    let line = ["task", "checkpoint", "--image-path", images_path, "--work-path", work_path, "c1"];
+    peer.ctr(&line)?;
+    ensure!(images.join("pages-1.img").is_file() && work.join("dump.log").is_file(), "no images");
+    ensure!(gate.flags().contains(&"--leave-running".to_owned()), "{:?}", gate.flags());
+    peer.state_is("c1", "RUNNING").await?;
+    let text = peer.ctr(&["task", "exec", "--exec-id", "e", "c1", "/bin/echo", "goes on"])?;
+    ensure!(text == "goes on\n", "{text}");
+    gate.no_dump("no such luck")?;
+    let (code, text) = peer.try_ctr(&line)?;
+    ensure!(code != 0 && text.contains("no such luck"), "{code}: {text}");
+    peer.state_is("c1", "RUNNING").await?;
+    peer.delete("c1")?;
+    peer.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn ctr_logs_to_files_and_to_logging_binaries() -> Result<()> {
     let peer = Peer::start().await?;
     let dir = peer.containerd.ground().path().to_path_buf();

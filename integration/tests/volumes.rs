@@ -18,6 +18,7 @@ use tonic::Code;
 with_each_runtime! {
     an_image_is_mounted_read_only
     a_part_of_an_image_is_mounted
+    an_artifact_is_mounted_as_files_and_never_run
     an_image_that_is_mounted_can_be_removed_and_its_layers_stay
     what_cannot_be_mounted_is_a_clear_error_and_leaves_nothing
     image_volumes_survive_the_daemon_and_are_swept
@@ -112,6 +113,52 @@ async fn an_image_is_mounted_read_only(runtime: &str) -> Result<()> {
         .await?;
     let text = container.sh("touch /two/x 2>&1; true").await?;
     ensure!(text.contains("Read-only file system"), "{text}");
+    node.finish().await
+}
+
+async fn an_artifact_is_mounted_as_files_and_never_run(runtime: &str) -> Result<()> {
+    let (mut node, busybox) = node::with_busybox(runtime).await?;
+    let large = vec![b'w'; 3 << 20];
+    let kind = "application/vnd.example.model";
+    let files: [(&str, &[u8]); 3] =
+        [("weights.bin", &large), ("docs/readme", b"hello"), ("config.json", b"{}")];
+    let model = Image::artifact(kind, &files);
+    let reference = node.registry().await?.push("test/model:1", &model).await?;
+    node.pull(&reference).await?;
+    let here = node.image(&reference).await?.context("pulled")?;
+    assert_eq!(here.id, model.manifest.digest);
+    let pod = node.pod("a").host_network().run().await?;
+    let container = pod
+        .container(&busybox)
+        .sh("sleep 1000")
+        .config(|c| {
+            c.mounts = vec![
+                image_mount(&reference, "/model"),
+                cri::Mount { image_sub_path: "docs".into(), ..image_mount(&reference, "/docs") },
+            ];
+        })
+        .start()
+        .await?;
+    assert_eq!(container.sh("cat /model/docs/readme /model/config.json").await?, "hello{}");
+    assert_eq!(container.sh("cat /docs/readme").await?, "hello");
+    assert_eq!(container.sh("wc -c < /model/weights.bin").await?.trim(), large.len().to_string());
+    assert_eq!(container.sh("ls /model").await?.trim(), "config.json\ndocs\nweights.bin");
+    assert_eq!(container.sh("stat -c '%u %g %a' /model/config.json").await?.trim(), "0 0 644");
+    let text = container.sh("touch /model/x 2>&1; true").await?;
+    ensure!(text.contains("Read-only file system"), "{text}");
+
+    let refused = pod.container(&reference).name("model").sh("true").create().await;
+    let status = refused.err().context("an artifact became a container")?;
+    assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
+    for part in [kind, "image volume"] {
+        ensure!(status.message().contains(part), "{status:?}");
+    }
+    // Also by a daemon that has read it from its records.
+    node.kill9()?;
+    node.restart().await?;
+    assert_eq!(container.sh("cat /docs/readme").await?, "hello");
+    let refused = pod.container(&reference).name("model").sh("true").create().await;
+    ensure!(refused.is_err(), "an artifact became a container");
     node.finish().await
 }
 

@@ -176,8 +176,12 @@ impl Cgroup {
     /// # Errors
     /// The process is gone, or no hierarchy is mounted.
     pub fn from_pid(pid: u32) -> io::Result<Self> {
+        Self::below(&Mounts::current()?, pid)
+    }
+
+    fn below(mounts: &Mounts, pid: u32) -> io::Result<Self> {
         let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-        let found = Self::from_proc(&text, &Mounts::current()?);
+        let found = Self::from_proc(&text, mounts);
         if found.is_empty() {
             return Err(io::Error::new(io::ErrorKind::NotFound, "no cgroup hierarchy is mounted"));
         }
@@ -192,7 +196,9 @@ impl Cgroup {
     /// # Errors
     /// As [`Cgroup::from_pid`]; `NotFound` also when nothing is the container's own.
     pub fn of_container(pid: u32) -> io::Result<Self> {
-        let found = Self::from_pid(pid)?.apart_from(&Self::from_pid(std::process::id())?);
+        let mounts = Mounts::current()?;
+        let ours = Self::below(&mounts, std::process::id())?;
+        let found = Self::below(&mounts, pid)?.apart_from(&ours);
         if found.is_empty() {
             let message = format!("process {pid} has no cgroup of its own");
             return Err(io::Error::new(io::ErrorKind::NotFound, message));

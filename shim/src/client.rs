@@ -1110,6 +1110,32 @@ impl Client {
         })
     }
 
+    /// Where the pod runs: operating system and architecture, in Go's words ("linux", "amd64").
+    ///
+    /// # Errors
+    /// `Unimplemented` by shims without the Sandbox service.
+    pub async fn platform(&self, id: &str) -> Called<(String, String)> {
+        let mut request = sandbox::PlatformRequest::new();
+        request.sandbox_id = id.to_owned();
+        let mut reply: sandbox::PlatformResponse =
+            self.sandbox("pod platform", "Platform", &request).await?;
+        let platform = reply.platform.take().unwrap_or_default();
+        Ok((platform.os, platform.architecture))
+    }
+
+    /// Usage of the pod's cgroup: `io.containerd.cgroups.v1.Metrics` or `…v2.Metrics`.
+    ///
+    /// # Errors
+    /// `NotFound`; `Precondition` when the pod has no cgroup of its own.
+    pub async fn sandbox_metrics(&self, id: &str) -> Called<Any> {
+        let mut request = sandbox::SandboxMetricsRequest::new();
+        request.sandbox_id = id.to_owned();
+        let mut reply: sandbox::SandboxMetricsResponse =
+            self.sandbox("pod metrics", "SandboxMetrics", &request).await?;
+        let metric = reply.metrics.take().unwrap_or_default();
+        Ok(metric.data.into_option().unwrap_or_default())
+    }
+
     /// Whether the shim answers.
     ///
     /// # Errors

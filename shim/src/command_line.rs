@@ -32,7 +32,7 @@ use crate::{
     crash,
     handover::{self, Handover, Origin},
     mounts, namespaces,
-    pod::{Pod, Saved},
+    pod::{Pod, Saved, end_container},
     pod_init,
     process::{self, Reaper, Signals, check, report, watch_fd},
     publish::Events,
@@ -488,7 +488,7 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
         // The pid is the container's only while the runtime says so; it may be another's by now.
         match runtime.state(&reaper, &arguments.id).await {
             Ok(state) if state.status != "stopped" && state.pid == pid && pid != 0 => {
-                end(pid, &mut problems).await;
+                problems.extend(end_container(pid).await.err());
             }
             _ => {}
         }
@@ -504,6 +504,13 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
     }
     // A shim that only did not answer in time still owns its pod.
     if !shim_answers(bundle) {
+        // containerd runs this for a pod of the Sandbox service, and for none of its containers.
+        if let Ok(state) = fs::read(bundle.shim_state()) {
+            match Saved::parse(&state) {
+                Ok(left) => problems.extend(left.end(&reaper).await),
+                Err(error) => problems.push(error),
+            }
+        }
         namespaces::remove(bundle);
         crash::point("shim.clean-up.namespaces-gone");
         let _ = fs::remove_file(bundle.io_socket());
@@ -550,22 +557,6 @@ fn remove_dead_socket(bundle: &Bundle) {
     if refused {
         let _ = fs::remove_file(path);
     }
-}
-
-/// Kills a container whose shim is gone, and waits until it is.
-async fn end(pid: u32, problems: &mut Vec<String>) {
-    let Ok(cgroup) = Cgroup::of_container(pid) else { return };
-    if let Err(error) = cgroup.kill() {
-        problems.push(format!("kill what is left: {error}"));
-        return;
-    }
-    for _ in 0..500 {
-        if cgroup.pids().is_ok_and(|pids| pids.is_empty()) {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    problems.push(format!("process {pid} does not die within 5 s of SIGKILL"));
 }
 
 /// `-info`: what this shim and its runtime are.

@@ -14,6 +14,8 @@
 //!
 //! Both ends agree on [`bundle`], [`options`], [`control`] and [`cgroup`].
 
+#![warn(missing_docs)]
+
 pub mod bundle;
 pub mod cgroup;
 pub mod control;
@@ -38,6 +40,8 @@ mod criu;
 mod golden;
 #[cfg(feature = "server")]
 mod handover;
+#[cfg(feature = "server")]
+mod kubernetes;
 #[cfg(feature = "server")]
 mod log;
 #[cfg(feature = "server")]

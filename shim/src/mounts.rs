@@ -36,6 +36,11 @@ fn mount_one(one: &Mount, target: &Path) -> io::Result<()> {
         let message = "mounts that need a mount manager must be activated by the daemon";
         return Err(io::Error::new(io::ErrorKind::Unsupported, message));
     }
+    if one.options.iter().any(|o| o.starts_with("uidmap=") || o.starts_with("gidmap=")) {
+        let message = "this shim mounts no layers with mapped ids (options uidmap and gidmap): give pods in \
+                       user namespaces to another runtime, or to holdfastd";
+        return Err(io::Error::new(io::ErrorKind::Unsupported, message));
+    }
     let place = if one.target.is_empty() { target.to_owned() } else { below(target, &one.target)? };
     let Options { flags, propagation, data } = Options::parse(&one.options);
     let bind = flags.contains(MsFlags::MS_BIND) || one.type_ == "bind";
@@ -197,6 +202,17 @@ mod tests {
         );
         assert_eq!(parsed.propagation, MsFlags::MS_SLAVE | MsFlags::MS_REC);
         assert_eq!(parsed.data, "lowerdir=/a:/b,userxattr");
+    }
+
+    #[test]
+    fn layers_with_mapped_ids_are_refused_in_words() {
+        let mut overlay = Mount::new();
+        overlay.type_ = "overlay".into();
+        overlay.source = "overlay".into();
+        overlay.options = vec!["uidmap=0:100000:65536".into(), "lowerdir=/a:/b".into()];
+        let error = mount_one(&overlay, Path::new("/r")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+        assert!(error.to_string().contains("uidmap"), "{error}");
     }
 
     #[test]

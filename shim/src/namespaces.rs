@@ -38,6 +38,9 @@ use crate::{
 /// How long the kernel may take: making a network namespace waits for locks that others hold.
 const DEADLINE: Duration = Duration::from_secs(60);
 
+/// ioctl_nsfs(2).
+const NS_GET_USERNS: libc::c_ulong = 0xb701;
+
 /// Longest name that sethostname(2) takes.
 const HOSTNAME_MAX: usize = 64;
 
@@ -64,7 +67,7 @@ fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 
 /// What has been made.
 pub(crate) struct Made {
-    /// The init of a shared PID namespace.
+    /// The pod's init: that of a shared PID namespace, or one that was asked for.
     pub(crate) init: Option<Owned>,
 }
 
@@ -164,7 +167,7 @@ pub(crate) async fn create(
     flags.set(CloneFlags::CLONE_NEWIPC, options.ipc);
     flags.set(CloneFlags::CLONE_NEWUTS, options.uts);
     flags.set(CloneFlags::CLONE_NEWPID, options.pid);
-    if flags.is_empty() && options.user.is_none() {
+    if flags.is_empty() && options.user.is_none() && !options.init {
         return Ok(Made { init: None });
     }
     pin_directory(bundle).map_err(io_error("make the directory of namespaces"))?;
@@ -215,7 +218,7 @@ async fn run(
     let helper = Ended(helper);
     let mut wire = tokio::net::UnixStream::from_std(ours).map_err(io_error("socketpair"))?;
 
-    if let Some(user) = &options.user {
+    if let Some(user) = options.user.as_ref().filter(|_| netns.is_none()) {
         expect(&mut wire, b'u').await?;
         map(helper.0.pid(), user).map_err(|error| {
             Error::Invalid(format!("the kernel refuses the id mappings: {error}"))
@@ -353,7 +356,10 @@ fn close_all_but(kept: i32) {
 /// What the helper does, from fork to exit.
 fn helper(plan: &Plan<'_>, mut wire: &UnixStream) -> io::Result<()> {
     let done = (|| {
-        if plan.options.user.is_some() {
+        if let (Some(_), Some(netns)) = (&plan.options.user, plan.netns) {
+            join_owner(netns)?;
+            become_root()?;
+        } else if plan.options.user.is_some() {
             unshare(CloneFlags::CLONE_NEWUSER).map_err(|e| format!("user namespace: {e}"))?;
             wire.write_all(b"u").map_err(|e| e.to_string())?;
             let mut answer = [0];
@@ -362,7 +368,8 @@ fn helper(plan: &Plan<'_>, mut wire: &UnixStream) -> io::Result<()> {
         }
         unshare(plan.flags).map_err(|e| format!("namespaces: {e}"))?;
         set_up(plan)?;
-        if plan.flags.contains(CloneFlags::CLONE_NEWPID) { start_init() } else { Ok(0) }
+        let init = plan.flags.contains(CloneFlags::CLONE_NEWPID) || plan.options.init;
+        if init { start_init() } else { Ok(0) }
     })();
     match done {
         Ok(init) => {
@@ -380,7 +387,23 @@ fn helper(plan: &Plan<'_>, mut wire: &UnixStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Root of the new user namespace, whom its namespaces and their sysctls belong to.
+/// Enters the user namespace that a network namespace belongs to: whose root made it, and set it up.
+#[expect(unsafe_code, reason = "ioctl(2) of a namespace")]
+fn join_owner(netns: &Path) -> Result<(), String> {
+    let name = netns.display();
+    let given = fs::File::open(netns).map_err(|e| format!("{name}: {e}"))?;
+    // SAFETY: ioctl_nsfs(2): no memory is involved; the descriptor is new and nobody else's.
+    let owner = unsafe {
+        let owner = check(libc::ioctl(given.as_raw_fd(), NS_GET_USERNS));
+        OwnedFd::from_raw_fd(owner.map_err(|e| format!("the owner of {name}: {e}"))?)
+    };
+    nix::sched::setns(owner, CloneFlags::CLONE_NEWUSER).map_err(|errno| match errno {
+        nix::errno::Errno::EINVAL => format!("{name} belongs to the node and to no user namespace"),
+        errno => format!("enter the user namespace of {name}: {errno}"),
+    })
+}
+
+/// Root of the user namespace, whom its namespaces and their sysctls belong to.
 #[expect(unsafe_code, reason = "setresuid(2) of this one process")]
 fn become_root() -> Result<(), String> {
     // SAFETY: no memory is involved.
@@ -436,7 +459,7 @@ fn loopback_up() -> io::Result<()> {
     Ok(())
 }
 
-/// The first process of the new PID namespace: this binary, in its part as init.
+/// The pod's init, the first process of a new PID namespace if there is one: this binary, in its part as init.
 #[expect(unsafe_code, reason = "fork(2) and exec in the helper")]
 fn start_init() -> Result<u32, String> {
     let name = CString::new(crate::pod_init::NAME).map_err(|e| e.to_string())?;

@@ -32,13 +32,42 @@ pub struct PodOptions {
     pub uts: bool,
     /// A PID namespace that the containers share, with a built-in init that reaps.
     pub pid: bool,
-    /// A user namespace that owns the others.
+    /// A user namespace that owns the others. With a `netns_path` in the request it is the one that owns
+    /// that namespace, and these are its mappings.
     pub user: Option<UserMappings>,
     /// Sysctls, set in the new namespaces: name with dots (or slashes) to value.
     pub sysctls: BTreeMap<String, String>,
     /// cgroup of the pod, as a path from the hierarchies' roots; the built-in init goes into its
     /// child `holdfast-init`.
     pub cgroup: Option<String>,
+    /// An init also without a PID namespace of the pod's, in the node's: for a daemon that names the
+    /// pod's namespaces by a pid.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub init: bool,
+    /// The shim makes `hostname`, `hosts`, `resolv.conf` and `shm` in the pod's bundle, and mounts them into
+    /// containers whose configuration does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub files: Option<PodFiles>,
+}
+
+/// The files that a pod's containers have in common.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PodFiles {
+    /// For its resolv.conf; `None`: the node's.
+    pub dns: Option<Dns>,
+}
+
+/// A resolver's configuration (resolv.conf(5)).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Dns {
+    /// Addresses of name servers.
+    pub servers: Vec<String>,
+    /// Domains that short names are looked up in.
+    pub searches: Vec<String>,
+    /// Options of the resolver.
+    pub options: Vec<String>,
 }
 
 /// Mappings of a user namespace.

@@ -10,7 +10,7 @@
 mod adopt;
 mod saved;
 
-pub(crate) use saved::{Saved, VERSION as STATE_VERSION};
+pub(crate) use saved::{Saved, VERSION as STATE_VERSION, end_container};
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,7 +32,7 @@ use crate::{
     cgroup::Cgroup,
     crash, criu,
     handover::{AttachedClient, Busy, Origin},
-    mounts, namespaces,
+    kubernetes, mounts, namespaces,
     options::PodOptions,
     process::{Owned, Reaper, lock, report},
     publish::Events,
@@ -329,6 +329,11 @@ impl Sandbox {
     pub(crate) fn pid(&self) -> u32 {
         self.init.as_ref().map_or(0, |(init, _)| init.pid())
     }
+
+    /// Where all its processes are, if it has such a place.
+    pub(crate) fn cgroup(&self) -> Option<&str> {
+        self.options.cgroup.as_deref()
+    }
 }
 
 /// What a container is to be made of.
@@ -525,6 +530,7 @@ impl Pod {
         }
         let streams = create.uris.parse()?;
         let spec = Bundle::new(&create.bundle).config();
+        self.give_files(&spec)?;
         let spec: Spec = fs::read(&spec)
             .and_then(|bytes| Ok(serde_json::from_slice(&bytes)?))
             .map_err(|error| Error::Invalid(format!("{}: {error}", spec.display())))?;
@@ -543,6 +549,17 @@ impl Pod {
         }
         self.made.notify_waiters();
         made
+    }
+
+    /// The pod's files to a container of this configuration, where they are ours to give.
+    fn give_files(&self, config: &Path) -> Called<()> {
+        let sandbox = lock(&self.sandbox);
+        let Some(sandbox) = sandbox.as_ref().filter(|sandbox| sandbox.options.files.is_some())
+        else {
+            return Ok(());
+        };
+        kubernetes::give_files(&sandbox.bundle, &sandbox.options, config)
+            .map_err(|error| Error::Invalid(format!("{}: {error}", config.display())))
     }
 
     async fn make(
@@ -1322,7 +1339,13 @@ impl Pod {
             sandbox.starting = true;
             Ok((sandbox.bundle.clone(), sandbox.options.clone(), sandbox.netns.clone()))
         })?;
-        let made = namespaces::create(&bundle, &options, netns.as_deref(), &self.reaper).await;
+        let made = match kubernetes::make_files(&bundle, &options) {
+            Ok(()) => namespaces::create(&bundle, &options, netns.as_deref(), &self.reaper).await,
+            Err(source) => Err(namespaces::Error::Io { what: "make the pod's files", source }),
+        };
+        if made.is_err() {
+            kubernetes::remove_files(&bundle, &options);
+        }
         crash::point("shim.sandbox.namespaces-pinned");
         let at = SystemTime::now();
         let started = self.with_sandbox(id, |sandbox| {
@@ -1421,8 +1444,10 @@ impl Pod {
         }
         self.stop_sandbox(id, Duration::ZERO).await?;
         crash::point("shim.shutdown.stopped");
-        let bundle = self.with_sandbox(id, |sandbox| Ok(sandbox.bundle.clone()))?;
+        let (bundle, options) =
+            self.with_sandbox(id, |sandbox| Ok((sandbox.bundle.clone(), sandbox.options.clone())))?;
         namespaces::remove(&bundle);
+        kubernetes::remove_files(&bundle, &options);
         crash::point("shim.shutdown.namespaces-gone");
         // Before the answer: after it nobody looks for what a shim leaves that dies on its way out.
         if let Ok(address) = fs::read_to_string(bundle.address())

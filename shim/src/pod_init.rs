@@ -1,5 +1,5 @@
 //! The first process of a PID namespace that a pod's containers share: it reaps, and ends on
-//! SIGTERM. Its end is that of the namespace.
+//! SIGTERM. Its end is that of the namespace. Without one it only holds the pod's namespaces.
 
 use std::io;
 

@@ -20,8 +20,7 @@ use futures::Stream;
 use holdfast_protos::shim::{
     api, cgroups as v1, cgroups_v2 as v2, oci,
     protobuf::{
-        self, CodedInputStream, Message, MessageField,
-        rt::WireType,
+        self, Message, MessageField,
         well_known_types::{any::Any, empty::Empty, timestamp::Timestamp},
     },
     sandbox_api as sandbox,
@@ -47,6 +46,7 @@ use crate::{
     control::{self, Attach, Kind, Request},
     fds,
     handover::{self, AttachedClient, Busy},
+    kubernetes,
     options::{POD_OPTIONS, PodOptions},
     pod::{Create, Error, Pod, Stage, Uris},
     process::lock,
@@ -203,7 +203,7 @@ fn runtime(options: Option<&Any>, namespace_default: &Runtime) -> Result<Runtime
             runtime.criu_images = options.criu_image_path.into();
         }
         "runtimeoptions.v1.Options" => {
-            let path = config_path(&any.value).map_err(bad)?;
+            let path = kubernetes::config_path(&any.value).map_err(bad)?;
             if !path.is_empty() {
                 return Err(Error::Unsupported(format!(
                     "runtime options in a file ({path}); give containerd.runc.v1.Options"
@@ -230,54 +230,6 @@ pub(crate) fn shim_cgroup(input: &crate::bootstrap::Input) -> Option<String> {
 /// [`runtime`] for `-info`.
 pub(crate) fn runtime_of(options: &Any, default: &Runtime) -> Result<Runtime, String> {
     runtime(Some(options), default).map_err(|error| error.to_string())
-}
-
-/// `config_path` of `runtimeoptions.v1.Options{type_url=1, config_path=2, config_body=3}`.
-fn config_path(bytes: &[u8]) -> Result<String, protobuf::Error> {
-    let path = fields(bytes)?.into_iter().rfind(|(number, _)| *number == 2);
-    Ok(path.map_or(String::new(), |(_, path)| String::from_utf8_lossy(&path).into_owned()))
-}
-
-/// What containerd's CRI plugin tells of a pod (`runtime.v1.PodSandboxConfig`). Its containers are to
-/// join the namespaces of a process whose pid we give it, so there is one: the pod's init, in namespaces
-/// of its own besides the network that is given. Containers of a pod on the node's do not join them.
-fn kubernetes_pod(bytes: &[u8]) -> Result<PodOptions, protobuf::Error> {
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    let mut options = PodOptions { ipc: true, uts: true, pid: true, ..PodOptions::default() };
-    for (number, value) in fields(bytes)? {
-        match number {
-            2 => options.hostname = text(value),
-            // linux: its sysctls are a map, which is a list of key and value.
-            8 => {
-                for (_, entry) in fields(&value)?.into_iter().filter(|(number, _)| *number == 3) {
-                    let mut pair = [String::new(), String::new()];
-                    for (number, value) in fields(&entry)? {
-                        if let Some(part) = pair.get_mut((number as usize).wrapping_sub(1)) {
-                            *part = text(value);
-                        }
-                    }
-                    let [name, value] = pair;
-                    options.sysctls.insert(name, value);
-                }
-            }
-            _ => {}
-        }
-    }
-    Ok(options)
-}
-
-/// Those fields of a message that are text, bytes or messages, by their numbers.
-fn fields(bytes: &[u8]) -> Result<Vec<(u32, Vec<u8>)>, protobuf::Error> {
-    let mut input = CodedInputStream::from_bytes(bytes);
-    let mut found = Vec::new();
-    while let Some(tag) = input.read_raw_tag_or_eof()? {
-        match WireType::new(tag & 7) {
-            Some(WireType::LengthDelimited) => found.push((tag >> 3, input.read_bytes()?)),
-            Some(kind) => input.skip_field(kind)?,
-            None => break,
-        }
-    }
-    Ok(found)
 }
 
 #[async_trait]
@@ -444,12 +396,8 @@ impl Task for Services {
         let cgroup = container
             .cgroup()
             .ok_or_else(|| Error::Precondition(format!("container {} has no cgroup", r.id)))?;
-        let stats = cgroup.stats();
-        let any = match cgroup.version() {
-            Version::V1 => any("io.containerd.cgroups.v1.Metrics", &metrics_v1(&stats))?,
-            Version::V2 => any("io.containerd.cgroups.v2.Metrics", &metrics_v2(&stats))?,
-        };
-        Ok(api::StatsResponse { stats: MessageField::some(any), ..Default::default() })
+        let metrics = MessageField::some(metrics(cgroup)?);
+        Ok(api::StatsResponse { stats: metrics, ..Default::default() })
     }
 
     async fn connect(
@@ -487,8 +435,18 @@ impl Sandbox for Services {
                     .map_err(|error| Error::Invalid(format!("{POD_OPTIONS}: {error}")))?
             }
             Some(any) if any.type_url.ends_with("PodSandboxConfig") => {
-                kubernetes_pod(&any.value)
-                    .map_err(|error| Error::Invalid(format!("{}: {error}", any.type_url)))?
+                let options = kubernetes::pod(&any.value)
+                    .map_err(|error| Error::Invalid(format!("{}: {error}", any.type_url)))?;
+                // The kubelet has made it; who asks by hand may not have.
+                if let Some(path) = &options.cgroup
+                    && !cgroup::Cgroup::at(path).is_ok_and(|found| found.exists())
+                {
+                    cgroup::Cgroup::make(path).map_err(|source| Error::Io {
+                        what: format!("make cgroup {path}"),
+                        source,
+                    })?;
+                }
+                options
             }
             _ => PodOptions::default(),
         };
@@ -607,6 +565,29 @@ impl Sandbox for Services {
         detached(async move { pod.shutdown_sandbox(&r.sandbox_id).await }).await?;
         Ok(sandbox::ShutdownSandboxResponse::new())
     }
+
+    /// Those of the pod's cgroup, in which all its containers are.
+    async fn sandbox_metrics(
+        &self,
+        _: &TtrpcContext,
+        r: sandbox::SandboxMetricsRequest,
+    ) -> Answer<sandbox::SandboxMetricsResponse> {
+        let cgroup = self.0.with_sandbox(&r.sandbox_id, |s| Ok(s.cgroup().map(str::to_owned)))?;
+        let cgroup = cgroup.ok_or_else(|| {
+            Error::Precondition(format!(
+                "pod {}: it has no cgroup of its own; its configuration names no cgroup_parent",
+                r.sandbox_id
+            ))
+        })?;
+        let found = cgroup::Cgroup::at(&cgroup).ok().filter(|found| !found.is_empty());
+        let found = found.ok_or_else(|| Error::NotFound(format!("cgroup {cgroup}")))?;
+        let mut answer = sandbox::SandboxMetricsResponse::new();
+        let metric = answer.metrics.mut_or_insert_default();
+        metric.timestamp = timestamp(SystemTime::now());
+        metric.id = r.sandbox_id;
+        metric.data = MessageField::some(metrics(&found)?);
+        Ok(answer)
+    }
 }
 
 fn any(type_url: &str, message: &impl Message) -> Answer<Any> {
@@ -614,6 +595,14 @@ fn any(type_url: &str, message: &impl Message) -> Answer<Any> {
     any.type_url = type_url.to_owned();
     any.value = message.write_to_bytes().map_err(|e| status(Code::INTERNAL, e.to_string()))?;
     Ok(any)
+}
+
+fn metrics(cgroup: &cgroup::Cgroup) -> Answer<Any> {
+    let stats = cgroup.stats();
+    match cgroup.version() {
+        Version::V1 => any("io.containerd.cgroups.v1.Metrics", &metrics_v1(&stats)),
+        Version::V2 => any("io.containerd.cgroups.v2.Metrics", &metrics_v2(&stats)),
+    }
 }
 
 fn metrics_v1(stats: &cgroup::Stats) -> v1::metrics::Metrics {
@@ -663,6 +652,9 @@ fn metrics_v1(stats: &cgroup::Stats) -> v1::metrics::Metrics {
     memory.hierarchical_memory_limit = usage.limit;
     memory.usage = MessageField::some(usage);
     memory.swap = MessageField::some(swap);
+    let mut kernel = MemoryEntry::new();
+    kernel.usage = m.kernel.unwrap_or_default();
+    memory.kernel = MessageField::some(kernel);
     metrics.memory = MessageField::some(memory);
 
     let mut oom = MemoryOomControl::new();
@@ -1123,26 +1115,5 @@ async fn send(client: &stdio::Attached, mut write: OwnedWriteHalf) -> io::Result
             Next::End => return Ok(()),
             Next::Overrun => return Err(io::ErrorKind::TimedOut.into()),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_containerd_tells_of_a_pod_becomes_its_namespaces() {
-        let field = |number: u8, value: &[u8]| {
-            [&[number << 3 | 2, u8::try_from(value.len()).unwrap()][..], value].concat()
-        };
-        let sysctl = [field(1, b"net.core.somaxconn"), field(2, b"64")].concat();
-        let linux = [field(1, b"/kubepods"), field(3, &sysctl)].concat();
-        let bytes = [field(2, b"web"), field(3, b"/var/log"), field(8, &linux)].concat();
-        let options = kubernetes_pod(&bytes).unwrap();
-        assert_eq!(options.hostname, "web");
-        assert_eq!(options.sysctls["net.core.somaxconn"], "64");
-        assert!(options.ipc && options.uts && options.pid && !options.net);
-        assert!(kubernetes_pod(&[0x12, 9, b'x']).is_err());
-        assert_eq!(config_path(&field(2, b"/etc/kata.toml")).unwrap(), "/etc/kata.toml");
     }
 }

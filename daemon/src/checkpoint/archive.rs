@@ -83,9 +83,8 @@ impl Kinded for Error {
         match self {
             Error::Io { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Kind::NotFound,
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Exhausted,
                 io::ErrorKind::TimedOut => Kind::Deadline,
-                _ => Kind::Internal,
+                _ => Kind::of_disk(source),
             },
             Error::Tar { source: reader::Error::Source(source), .. }
                 if source.kind() == io::ErrorKind::StorageFull =>

@@ -352,7 +352,13 @@ impl Spool {
                 result.expect("there is a candidate, or an error")
             }
             Document::Manifest(manifest) => {
-                let config_bytes = self.blob(&manifest.config.digest, MAX_CONFIG)?;
+                let (id, config_bytes) = match &manifest.artifact {
+                    None => {
+                        let config = &manifest.config.digest;
+                        (config.clone(), self.blob(config, MAX_CONFIG)?)
+                    }
+                    Some(kind) => (entry.digest.clone(), Config::of_artifact(kind, platform)),
+                };
                 let config = Config::parse(&config_bytes)?;
                 config.check_platform(platform)?;
                 let files = manifest
@@ -367,8 +373,11 @@ impl Spool {
                 let size = manifest.layers.iter().map(|layer| layer.size).sum::<u64>()
                     + (config_bytes.len() + bytes.len()) as u64;
                 Ok(Found {
-                    wanted: pull::wanted(&manifest.layers, &config)?,
-                    id: manifest.config.digest,
+                    wanted: match manifest.artifact {
+                        None => pull::wanted(&manifest.layers, &config)?,
+                        Some(_) => pull::files(&manifest.layers)?,
+                    },
+                    id,
                     config,
                     config_bytes,
                     manifest: Some((entry.digest.clone(), bytes)),
@@ -428,11 +437,7 @@ impl Spool {
                 .sum::<u64>();
             found.push(Found {
                 id: Digest::from_sha256(Sha256::digest(&config_bytes).into()),
-                wanted: config
-                    .diff_ids
-                    .iter()
-                    .map(|diff_id| Wanted { content: None, diff_id: diff_id.clone() })
-                    .collect(),
+                wanted: config.diff_ids.iter().map(Wanted::archive).collect(),
                 size: size + config_bytes.len() as u64,
                 config,
                 config_bytes,

@@ -14,7 +14,7 @@ use std::{
     fs::File,
     io::{self, BufWriter, Read, Seek, Write},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd},
         unix::ffi::OsStrExt,
     },
     path::PathBuf,
@@ -30,8 +30,11 @@ use sha2::{Digest as _, Sha256};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
+pub use super::ids::Ids;
 use super::{
-    Image, Images, NewImage, Shared, blocking,
+    Image, Images, NewImage, Shared,
+    attributes::{self, Attribute},
+    blocking,
     layers::Reap,
     manifest::{self, Config},
     pull::{self, Progress, Source, Wanted},
@@ -39,10 +42,7 @@ use super::{
     tarball::{Entry, Kind, Tarball},
     tree, unpack,
 };
-use crate::{
-    id::{ContainerId, Digest},
-    pod::config::IdMapping,
-};
+use crate::id::{ContainerId, Digest};
 
 /// Deepest directory: more than any path that a program can open has.
 const DEPTH: usize = 1000;
@@ -83,31 +83,6 @@ pub struct Notes {
     pub comment: String,
 }
 
-/// Whose ids the writable layer has.
-#[derive(Clone, Debug, Default)]
-pub struct Ids {
-    /// Empty: the node's own.
-    pub uids: Vec<IdMapping>,
-    /// Empty: the node's own.
-    pub gids: Vec<IdMapping>,
-}
-
-impl Ids {
-    /// As the container sees an owner.
-    fn inside(&self, uid: u32, gid: u32) -> Option<(u32, u32)> {
-        let find = |ranges: &[IdMapping], id: u32| {
-            if ranges.is_empty() {
-                return Some(id);
-            }
-            ranges.iter().find_map(|range| {
-                let offset = id.checked_sub(range.host_id)?;
-                (offset < range.length).then(|| range.container_id + offset)
-            })
-        };
-        Some((find(&self.uids, uid)?, find(&self.gids, gid)?))
-    }
-}
-
 impl Images {
     /// Makes an image named `name` of a container's image and what the container has changed.
     pub async fn commit(
@@ -141,11 +116,7 @@ impl Images {
         let parsed = Config::parse(&new).map_err(|e| failed(Error::Config(e)))?;
 
         let count = layers.len() + 1;
-        let wanted = parsed
-            .diff_ids
-            .iter()
-            .map(|diff_id| Wanted { content: None, diff_id: diff_id.clone() });
-        let wanted: Vec<Wanted> = wanted.collect();
+        let wanted: Vec<Wanted> = parsed.diff_ids.iter().map(Wanted::archive).collect();
         if wanted.len() != count {
             let rule = "it has other layers than the container".to_owned();
             let error = manifest::Error::Invalid { what: "image config", rule };
@@ -383,14 +354,15 @@ impl<W: Write> Walk<'_, W> {
         path: &[u8],
         kind: Kind,
         stat: &Stat,
-        attributes: Vec<(Vec<u8>, Vec<u8>)>,
+        attributes: Vec<Attribute>,
     ) -> Result<Entry, Error> {
-        let (uid, gid) = self.ids.inside(stat.st_uid, stat.st_gid).ok_or_else(|| {
-            refused(path, "has an owner that the container's user namespace lacks")
-        })?;
+        let (Some(uid), Some(gid)) = (self.ids.user(stat.st_uid), self.ids.group(stat.st_gid))
+        else {
+            return Err(refused(path, "has an owner that the container's user namespace lacks"));
+        };
         let mut xattrs = attributes;
         // overlayfs' own, and what the node's policy says and not the image.
-        xattrs.retain(|(n, _)| !n.starts_with(b"trusted.overlay.") && n != b"security.selinux");
+        xattrs.retain(|(name, _)| attributes::is_content(name));
         Ok(Entry {
             path: path.to_owned(),
             kind,
@@ -425,29 +397,10 @@ fn join(path: &[u8], name: &[u8]) -> Vec<u8> {
     if path == b"." { name.to_owned() } else { [path, b"/", name].concat() }
 }
 
-type Attributes = Vec<(Vec<u8>, Vec<u8>)>;
-
-/// Extended attributes of whatever `name` is, which is neither opened nor followed; in order of name.
-fn attributes(parent: BorrowedFd<'_>, name: &OsStr, path: &[u8]) -> Result<Attributes, Error> {
-    // There is no getxattrat before Linux 6.13.
-    let mut at = PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd()));
-    at.push(name);
-    let mut names = vec![0; 64 << 10];
-    let length = match rustix::fs::llistxattr(&at, &mut names) {
-        Ok(length) => length,
-        Err(Errno::OPNOTSUPP | Errno::NOENT) => 0,
-        Err(e) => return Err(read(path, e.into())),
-    };
-    let mut found = Vec::new();
-    for name in names[..length].split(|b| *b == 0).filter(|name| !name.is_empty()) {
-        let mut value = vec![0; 64 << 10];
-        match rustix::fs::lgetxattr(&at, OsStr::from_bytes(name), &mut value) {
-            Ok(length) => found.push((name.to_owned(), value[..length].to_owned())),
-            // Removed since it was listed.
-            Err(Errno::NODATA | Errno::NOENT) => {}
-            Err(e) => return Err(read(path, e.into())),
-        }
+fn attributes(parent: BorrowedFd<'_>, name: &OsStr, path: &[u8]) -> Result<Vec<Attribute>, Error> {
+    match attributes::of_name(parent, name) {
+        // Removed since it was listed.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        other => other.map_err(|error| read(path, error)),
     }
-    found.sort();
-    Ok(found)
 }

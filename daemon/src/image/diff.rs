@@ -9,44 +9,21 @@ use std::{
     io::{self, BufReader, Read, Write},
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
-        unix::ffi::{OsStrExt, OsStringExt},
+        unix::ffi::OsStrExt,
     },
     path::{Path, PathBuf},
 };
 
-use rustix::{
-    fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps},
-    io::Errno,
-};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps};
 
+pub use super::ids::Ids;
 use super::{
-    Error, ImageVolume, Mounted, Snapshot, fit, stream, tree,
+    Error, ImageVolume, Mounted, Snapshot,
+    attributes::{self, Attribute},
+    fit, stream, tree,
     unpack::{self, Unpacked},
 };
-use crate::{id::ContainerId, pod::config::IdMapping};
-
-/// Largest list of names, and largest value, of extended attributes, in bytes: the kernel's own.
-const XATTR_MAX: usize = 64 << 10;
-
-/// How the ids on disk are written: those of the node as a user namespace has them.
-#[derive(Clone, Debug, Default)]
-pub struct Ids {
-    /// Users; empty: as they are.
-    pub uids: Vec<IdMapping>,
-    /// Groups; empty: as they are.
-    pub gids: Vec<IdMapping>,
-}
-
-impl Ids {
-    fn inside(ranges: &[IdMapping], id: u32) -> u32 {
-        let found = ranges.iter().find_map(|range| {
-            let offset = id.checked_sub(range.host_id).filter(|offset| *offset < range.length)?;
-            Some(range.container_id + offset)
-        });
-        // What the namespace has no name for stays as it is: the container saw "nobody".
-        found.unwrap_or(id)
-    }
-}
+use crate::id::ContainerId;
 
 impl Snapshot {
     /// Writes what is in the writable layer as a tar archive. Gives the paths, from the root, of what
@@ -198,9 +175,9 @@ impl<'a, W: Write> Writer<'a, W> {
 
     fn directory(&mut self, path: &Path, directory: &OwnedFd) -> io::Result<()> {
         let stat = rustix::fs::fstat(directory)?;
-        let here = unpack::through_proc(directory.as_fd(), OsStr::new("."));
-        let attributes = attributes(&here)?;
-        if attributes.iter().any(|(name, value)| *name == unpack::OPAQUE && value == b"y") {
+        let attributes = attributes::of_file(directory)?;
+        let opaque = unpack::OPAQUE.as_bytes();
+        if attributes.iter().any(|(name, value)| name == opaque && value == b"y") {
             self.hidden(path, directory)?;
         }
         let mut header = self.header(&stat, tar::EntryType::Directory);
@@ -263,7 +240,7 @@ impl<'a, W: Write> Writer<'a, W> {
             self.extensions(stat, Vec::new())?;
             return self.tar.append_link(&mut header, path, OsStr::from_bytes(target.as_bytes()));
         }
-        self.extensions(stat, attributes(&unpack::through_proc(parent, name))?)?;
+        self.extensions(stat, attributes::of_name(parent, name)?)?;
         if kind == tar::EntryType::Char || kind == tar::EntryType::Block {
             header.set_device_major(rustix::fs::major(stat.st_rdev))?;
             header.set_device_minor(rustix::fs::minor(stat.st_rdev))?;
@@ -284,8 +261,9 @@ impl<'a, W: Write> Writer<'a, W> {
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(kind);
         header.set_mode(stat.st_mode & 0o7777);
-        header.set_uid(Ids::inside(&self.ids.uids, stat.st_uid).into());
-        header.set_gid(Ids::inside(&self.ids.gids, stat.st_gid).into());
+        // What the namespace has no name for stays as it is: the container saw "nobody".
+        header.set_uid(self.ids.user(stat.st_uid).unwrap_or(stat.st_uid).into());
+        header.set_gid(self.ids.group(stat.st_gid).unwrap_or(stat.st_gid).into());
         header.set_mtime(u64::try_from(stat.st_mtime).unwrap_or(0));
         header.set_size(0);
         header
@@ -299,10 +277,8 @@ impl<'a, W: Write> Writer<'a, W> {
             records.push(("mtime".to_owned(), time.into_bytes()));
         }
         for (name, value) in attributes {
-            let kept = !name.as_bytes().starts_with(b"trusted.overlay.")
-                && name != "security.selinux"
-                && !name.as_bytes().contains(&b'=');
-            if let Some(name) = name.to_str().filter(|_| kept) {
+            let kept = attributes::is_content(&name) && !name.contains(&b'=');
+            if let Some(name) = std::str::from_utf8(&name).ok().filter(|_| kept) {
                 records.push((format!("SCHILY.xattr.{name}"), value));
             }
         }
@@ -318,29 +294,6 @@ impl<'a, W: Write> Writer<'a, W> {
 /// A path below ".", from "/".
 fn from_root(path: &Path) -> PathBuf {
     Path::new("/").join(path.strip_prefix(".").unwrap_or(path))
-}
-
-type Attribute = (OsString, Vec<u8>);
-
-fn attributes(path: &Path) -> io::Result<Vec<Attribute>> {
-    let mut names = vec![0; XATTR_MAX];
-    let length = match rustix::fs::llistxattr(path, &mut names) {
-        Ok(length) => length,
-        Err(Errno::OPNOTSUPP) => 0,
-        Err(error) => return Err(error.into()),
-    };
-    let mut attributes = Vec::new();
-    for name in names[..length].split(|b| *b == 0).filter(|name| !name.is_empty()) {
-        let name = OsString::from_vec(name.to_owned());
-        let mut value = vec![0; XATTR_MAX];
-        match rustix::fs::lgetxattr(path, &name, &mut value) {
-            Ok(length) => value.truncate(length),
-            Err(Errno::NODATA) => continue,
-            Err(error) => return Err(error.into()),
-        }
-        attributes.push((name, value));
-    }
-    Ok(attributes)
 }
 
 struct Exactly<'a> {

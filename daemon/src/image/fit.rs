@@ -7,8 +7,12 @@
 
 use std::{
     collections::BTreeSet,
+    ffi::OsString,
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::ffi::OsStringExt,
+    },
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -169,16 +173,12 @@ fn real_directory(root: &OwnedFd, path: &Path) -> io::Result<Option<PathBuf>> {
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
         Err(e) => return Err(e.into()),
     };
-    let name = |fd: BorrowedFd<'_>| {
-        use std::os::fd::AsRawFd;
-        std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-    };
-    let (base, full) = (name(root.as_fd())?, name(fd.as_fd())?);
-    Ok(full
-        .strip_prefix(&base)
-        .ok()
-        .filter(|real| !real.as_os_str().is_empty())
-        .map(Path::to_owned))
+    match unpack::real_path(root.as_fd(), fd.as_fd()) {
+        Ok(real) if real.is_empty() => Ok(None),
+        Ok(real) => Ok(Some(PathBuf::from(OsString::from_vec(real)))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Moves what the layer has at `from` to `to`, whose missing directories are made. False, and

@@ -19,6 +19,9 @@
 //! A layer whose archive lists each directory it uses is good on any layers below it. One that
 //! implies directories ([`super::unpack`]) is fitted to the layers below (`fit`), and kept for
 //! that chain only.
+//!
+//! A layer of an artifact is a file, and its directory has that file alone. Its archive, in the sense of
+//! [`Layer::archive`], is the file's content, and its diff id the digest of that.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -36,15 +39,13 @@ use std::{
 };
 
 use holdfast_shim::crash;
-use rustix::{
-    fs::{Gid, Mode, Timespec, Timestamps, Uid, XattrFlags},
-    io::Errno,
-};
+use rustix::fs::{Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedMutexGuard, mpsc, oneshot};
 
 use super::{
+    attributes::{self, Attribute},
     erofs,
     fit::{Directory, fit},
     overlay::{self, Lower},
@@ -332,6 +333,12 @@ impl Layers {
         get("").or_else(|| get(below))
     }
 
+    /// The same for a file of an artifact, by its digest and name.
+    pub fn find_file(&self, digest: &Digest, name: &str) -> Option<Arc<Layer>> {
+        let known = self.known.lock().expect("no panic while it is held");
+        known.get(&(digest.clone(), file_chain(name)))?.upgrade()
+    }
+
     /// Its content is damaged: nothing more is made of it. Who has it keeps it.
     pub fn condemn(&self, layer: &Layer) {
         let mut known = self.known.lock().expect("no panic while it is held");
@@ -377,7 +384,7 @@ impl Layers {
     /// It is not yet synced, and not recorded.
     pub fn place(&self, mut staged: Staged, below: &[Arc<Layer>]) -> io::Result<Arc<Layer>> {
         let from = self.shared.ingest.join(staged.number.to_string());
-        let mut chain = String::new();
+        let mut chain = staged.unpacked.file.as_deref().map_or_else(String::new, file_chain);
         let mut kept = staged.unpacked.kept.take();
         if staged.depends_on_parents() {
             chain = chain_id(below.iter().map(|layer| &layer.diff_id));
@@ -467,6 +474,11 @@ pub fn lowers(layers: &[Arc<Layer>]) -> io::Result<Vec<Lower>> {
         .collect()
 }
 
+/// A file is good on any layers, but by this name alone, and never an archive of the same bytes.
+fn file_chain(name: &str) -> String {
+    format!("file:{name}")
+}
+
 fn recipe_name(number: u64) -> String {
     format!("{number}.recipe")
 }
@@ -533,23 +545,9 @@ pub fn copy_attributes(from: &OwnedFd, to: &OwnedFd) -> io::Result<()> {
 }
 
 /// The extended attributes of an open file, without what overlayfs and the node keep there.
-pub(super) fn attributes_of(file: &OwnedFd) -> io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-    let mut names = vec![0; 64 << 10];
-    let length = match rustix::fs::flistxattr(file, &mut names) {
-        Ok(length) => length,
-        Err(Errno::OPNOTSUPP) => 0,
-        Err(e) => return Err(e.into()),
-    };
-    let mut found = Vec::new();
-    for name in names[..length].split(|b| *b == 0) {
-        if name.is_empty() || name.starts_with(b"trusted.overlay.") || name == b"security.selinux" {
-            continue;
-        }
-        let mut value = vec![0; 64 << 10];
-        let length = rustix::fs::fgetxattr(file, OsStr::from_bytes(name), &mut value)?;
-        value.truncate(length);
-        found.push((name.to_vec(), value));
-    }
+pub(super) fn attributes_of(file: &OwnedFd) -> io::Result<Vec<Attribute>> {
+    let mut found = attributes::of_file(file)?;
+    found.retain(|(name, _)| attributes::is_content(name));
     Ok(found)
 }
 

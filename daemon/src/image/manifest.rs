@@ -160,7 +160,7 @@ pub enum Document {
     /// Several images.
     Index(Vec<Descriptor>),
     /// One image.
-    Manifest(Manifest),
+    Manifest(Box<Manifest>),
 }
 
 /// An image manifest that passed all checks.
@@ -172,6 +172,8 @@ pub struct Manifest {
     pub layers: Vec<Descriptor>,
     /// Annotations.
     pub annotations: Map,
+    /// What it says to be, if it is no container image: its layers are files then.
+    pub artifact: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -222,7 +224,7 @@ impl Document {
         let (Some(config), Some(layers)) = (raw.config, raw.layers) else {
             return Err(invalid("it has neither manifests nor config and layers"));
         };
-        check_config_type(&config.media_type, &raw.artifact_type)?;
+        let artifact = artifact(&config.media_type, raw.artifact_type);
         if config.size > MAX_CONFIG {
             return Err(invalid("its config is larger than 8 MiB"));
         }
@@ -230,13 +232,13 @@ impl Document {
             return Err(invalid("it has more than 500 layers"));
         }
         for layer in &layers {
-            check_layer_type(&layer.media_type)?;
+            check_layer_type(&layer.media_type, artifact.is_some())?;
             if layer.size > i64::MAX as u64 {
                 return Err(invalid("the size of a layer"));
             }
         }
         let annotations = raw.annotations.unwrap_or_default();
-        Ok(Document::Manifest(Manifest { config, layers, annotations }))
+        Ok(Document::Manifest(Box::new(Manifest { config, layers, annotations, artifact })))
     }
 }
 
@@ -264,20 +266,56 @@ fn is_manifest(media_type: &str) -> bool {
     )
 }
 
-fn check_config_type(media_type: &str, artifact_type: &str) -> Result<(), Error> {
-    match media_type {
+/// What a manifest with such a config is, if it is no container image (image-spec manifest.md
+/// "Guidelines for Artifact Usage").
+fn artifact(config_type: &str, artifact_type: String) -> Option<String> {
+    match config_type {
         "application/vnd.oci.image.config.v1+json"
-        | "application/vnd.docker.container.image.v1+json" => Ok(()),
-        other => {
-            let kind = if artifact_type.is_empty() { other } else { artifact_type };
-            Err(Error::Unsupported(format!(
-                "it is no container image but an artifact of type {kind:?}"
-            )))
-        }
+        | "application/vnd.docker.container.image.v1+json" => None,
+        _ if !artifact_type.is_empty() => Some(artifact_type),
+        other => Some(other.to_owned()),
     }
 }
 
-fn check_layer_type(media_type: &str) -> Result<(), Error> {
+/// The name of the file that a layer of an artifact is: its title, as ORAS and others give it, else its
+/// digest.
+pub fn file_name(layer: &Descriptor) -> Result<String, Error> {
+    let title = layer.annotations.as_ref().and_then(|a| a.get("org.opencontainers.image.title"));
+    let Some(title) = title else { return Ok(layer.digest.to_string().replace(':', "-")) };
+    let plain = |part: &str| !matches!(part, "" | "." | "..") && !part.starts_with(".wh.");
+    if !title.split('/').all(plain) || title.len() > 1024 || title.contains('\0') {
+        return Err(Error::Invalid {
+            what: "manifest",
+            rule: format!("the title {title:?} of a layer is no relative path of a file"),
+        });
+    }
+    Ok(title.clone())
+}
+
+/// The names of all files of an artifact.
+pub fn file_names(layers: &[Descriptor]) -> Result<Vec<String>, Error> {
+    let names = layers.iter().map(file_name).collect::<Result<Vec<_>, _>>()?;
+    let mut sorted: Vec<&str> = names.iter().map(String::as_str).collect();
+    sorted.sort_unstable();
+    for pair in sorted.windows(2) {
+        let rest = pair[1].strip_prefix(pair[0]);
+        if rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) {
+            return Err(Error::Invalid {
+                what: "manifest",
+                rule: format!("two of its layers are to be the file {:?}", pair[0]),
+            });
+        }
+    }
+    Ok(names)
+}
+
+/// Whether registries need not have such a layer (image-spec layer.md "Non-Distributable Layers").
+pub fn is_foreign(media_type: &str) -> bool {
+    media_type.starts_with("application/vnd.oci.image.layer.nondistributable.")
+        || media_type.starts_with("application/vnd.docker.image.rootfs.foreign.")
+}
+
+fn check_layer_type(media_type: &str, is_file: bool) -> Result<(), Error> {
     if media_type.ends_with("+encrypted") {
         return Err(Error::Unsupported(
             "the image has encrypted layers: there is no key for them".to_owned(),
@@ -295,6 +333,7 @@ fn check_layer_type(media_type: &str) -> Result<(), Error> {
         | "application/vnd.docker.image.rootfs.diff.tar.zstd"
         | "application/vnd.docker.image.rootfs.foreign.diff.tar"
         | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip" => Ok(()),
+        _ if is_file => Ok(()),
         other => Err(Error::Unsupported(format!(
             "the image has a layer of media type {other:?}, which is not a tar archive we know"
         ))),
@@ -344,9 +383,23 @@ pub struct Config {
     pub platform: Platform,
     /// When it was made, as the config writes it.
     pub created: String,
+    /// What an artifact says to be; `None` for a container image.
+    pub artifact: Option<String>,
 }
 
 impl Config {
+    /// What is kept as the config of an artifact, which has none that we know.
+    pub fn of_artifact(kind: &str, platform: &Platform) -> Vec<u8> {
+        serde_json::json!({
+            "os": platform.os,
+            "architecture": platform.architecture,
+            "rootfs": {"type": "layers", "diff_ids": []},
+            "holdfast.artifactType": kind,
+        })
+        .to_string()
+        .into_bytes()
+    }
+
     /// Parses a config document.
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         #[derive(Deserialize)]
@@ -358,6 +411,8 @@ impl Config {
             #[serde(default)]
             config: Option<RawDefaults>,
             rootfs: RootFs,
+            #[serde(default, rename = "holdfast.artifactType")]
+            artifact: Option<String>,
         }
         #[derive(Deserialize)]
         struct RootFs {
@@ -407,6 +462,7 @@ impl Config {
             diff_ids: raw.rootfs.diff_ids.unwrap_or_default(),
             platform: raw.platform,
             created: raw.created.unwrap_or_default(),
+            artifact: raw.artifact,
         })
     }
 
@@ -439,6 +495,43 @@ mod tests {
     }
 
     #[test]
+    fn an_artifacts_layers_are_files_with_names_of_their_own() {
+        let oci = "application/vnd.oci.image.manifest.v1+json";
+        let text = manifest("").replace("vnd.oci.image.config.v1+json", "vnd.oci.empty.v1+json");
+        let parse = |text: &str| match Document::parse(text.as_bytes(), oci) {
+            Ok(Document::Manifest(manifest)) => manifest,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(parse(&text).artifact.unwrap(), "application/vnd.oci.empty.v1+json");
+        let typed = text.replace("\"layers\"", "\"artifactType\":\"a/b\",\"layers\"");
+        assert_eq!(parse(&typed).artifact.unwrap(), "a/b");
+        assert_eq!(parse(&manifest("")).artifact, None);
+
+        let layer = |title: Option<&str>| Descriptor {
+            media_type: "text/plain".into(),
+            digest: digest(7).parse().unwrap(),
+            size: 1,
+            platform: None,
+            annotations: title
+                .map(|t| Map::from([("org.opencontainers.image.title".into(), t.into())])),
+        };
+        let names = |titles: &[Option<&str>]| {
+            file_names(&titles.iter().map(|t| layer(*t)).collect::<Vec<_>>())
+        };
+        let own = digest(7).replace(':', "-");
+        assert_eq!(names(&[Some("a b"), Some("dir/x"), None]).unwrap(), ["a b", "dir/x", &own]);
+        for bad in ["", "/etc/x", "../x", "a//b", "a/./b", "a/..", ".wh.x", "d/.wh..wh..opq", "a\0"]
+        {
+            let text = names(&[Some(bad)]).unwrap_err().to_string();
+            assert!(text.contains("relative path"), "{bad:?}: {text}");
+        }
+        for twice in [["a", "a"], ["a", "a/b"], ["x/y", "x"]] {
+            let text = names(&twice.map(Some)).unwrap_err().to_string();
+            assert!(text.contains("two of its layers"), "{text}");
+        }
+    }
+
+    #[test]
     fn documents_are_told_apart_and_the_wrong_ones_refused() {
         let oci = "application/vnd.oci.image.manifest.v1+json";
         let index = "application/vnd.oci.image.index.v1+json";
@@ -453,11 +546,6 @@ mod tests {
             (r#"{"schemaVersion":2}"#.to_owned(), oci, "neither"),
             ("[]".to_owned(), oci, "not valid"),
             ("<html>".to_owned(), "text/html", "not valid"),
-            (
-                manifest("").replace("vnd.oci.image.config.v1+json", "vnd.oci.empty.v1+json"),
-                oci,
-                "artifact",
-            ),
             (manifest("").replace("\"size\":2", "\"size\":9000000"), oci, "8 MiB"),
             (
                 manifest("").replace(

@@ -189,12 +189,17 @@ impl BufRead for Chunks {
 
 impl Read for Chunks {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let buffer = self.fill_buf()?;
-        let length = buffer.len().min(out.len());
-        out[..length].copy_from_slice(&buffer[..length]);
-        self.consume(length);
-        Ok(length)
+        read_buffered(self, out)
     }
+}
+
+/// [`Read::read`] of what has a buffer of its own.
+pub(super) fn read_buffered(source: &mut impl BufRead, out: &mut [u8]) -> io::Result<usize> {
+    let buffer = source.fill_buf()?;
+    let length = buffer.len().min(out.len());
+    out[..length].copy_from_slice(&buffer[..length]);
+    source.consume(length);
+    Ok(length)
 }
 
 #[cfg(test)]

@@ -22,6 +22,7 @@ use super::{
     Image, NewImage, Shared, Stopped, blocking,
     layers::{Layer, Slot, Staged, chain_id},
     manifest::{self, Config, Descriptor, Document, Manifest, Platform},
+    pipeline,
     policy::{self, Transport},
     reference::{Object, Reference},
     registry::{self, Auth, MAX_MANIFEST, Remote},
@@ -65,6 +66,16 @@ pub enum Error {
         layer: Digest,
         /// Why.
         source: io::Error,
+    },
+    /// A registry need not have it.
+    #[error(
+        "layer {layer} is a foreign one, and the registry does not have it: push the image again with its foreign layers (URLs in a manifest are not followed)"
+    )]
+    Foreign {
+        /// Its digest by the manifest.
+        layer: Digest,
+        /// What the registry says.
+        source: registry::Error,
     },
     /// The disk does not take it.
     #[error("sync layers to disk")]
@@ -125,29 +136,25 @@ impl Tried {
 
 impl Kinded for Error {
     fn kind(&self) -> Kind {
-        let disk = |e: &io::Error| match e.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Exhausted,
-            _ => Kind::Internal,
-        };
         let unpack = |e: &unpack::Error| match e {
-            unpack::Error::Write { source, .. } => disk(source),
+            unpack::Error::Write { source, .. } => Kind::of_disk(source),
             unpack::Error::Tar(_) | unpack::Error::Refused { .. } => Kind::Invalid,
         };
         match self {
-            Error::Registry(e) => e.kind(),
+            Error::Registry(e) | Error::Foreign { source: e, .. } => e.kind(),
             Error::Policy(e) => e.kind(),
             Error::Manifest(manifest::Error::Unsupported(_)) => Kind::Unsupported,
             Error::Manifest(manifest::Error::Platform { .. }) => Kind::NotFound,
             Error::Manifest(_) | Error::Archive(_) => Kind::Invalid,
             Error::Layer { source, .. } => match source {
                 stream::Error::Unpack(e) => unpack(e),
-                stream::Error::Directory(e) => disk(e),
+                stream::Error::Directory(e) => Kind::of_disk(e),
                 stream::Error::Content { .. }
                 | stream::Error::DiffId { .. }
                 | stream::Error::Size { .. }
                 | stream::Error::TooLarge { .. } => Kind::Invalid,
             },
-            Error::Place { source, .. } | Error::Sync(source) => disk(source),
+            Error::Place { source, .. } | Error::Sync(source) => Kind::of_disk(source),
             Error::Read(e) => unpack(e),
             Error::Store(e) => e.kind(),
             Error::Deadline(_) => Kind::Deadline,
@@ -194,6 +201,17 @@ pub enum Phase {
 pub(super) struct Wanted {
     pub content: Option<(Digest, u64)>,
     pub diff_id: Digest,
+    /// Registries need not have it.
+    pub foreign: bool,
+    /// It is a file of this name, and no archive.
+    pub file: Option<String>,
+}
+
+impl Wanted {
+    /// One that is an archive in a file.
+    pub(super) fn archive(diff_id: &Digest) -> Self {
+        Self { content: None, diff_id: diff_id.clone(), foreign: false, file: None }
+    }
 }
 
 /// Where layers come from.
@@ -252,7 +270,10 @@ pub(super) async fn pull(
     let digests = [&target, &document.digest];
     let digests = if target == document.digest { &digests[..1] } else { &digests[..] };
     judge.pulled(&remote, reference, digests).await?;
-    let wanted = wanted(&manifest.layers, &config)?;
+    let wanted = match &manifest.artifact {
+        None => wanted(&manifest.layers, &config)?,
+        Some(_) => files(&manifest.layers)?,
+    };
     let size = manifest.layers.iter().map(|layer| layer.size).sum::<u64>()
         + manifest.config.size
         + document.bytes.len() as u64;
@@ -262,8 +283,13 @@ pub(super) async fn pull(
     if let Object::Tag(_) = reference.object() {
         names.push((reference.to_string(), target.to_string()));
     }
+    let id = match manifest.artifact {
+        None => manifest.config.digest,
+        // The config of most artifacts is the same: "{}".
+        Some(_) => document.digest.clone(),
+    };
     let new = NewImage {
-        id: manifest.config.digest,
+        id,
         config,
         config_bytes: bytes.to_vec(),
         manifest: Some((document.digest, document.bytes.to_vec())),
@@ -304,13 +330,18 @@ async fn resolve(
     remote: &Remote,
     top: registry::Document,
     platform: &Platform,
-) -> Result<(registry::Document, Manifest, Bytes, Config), Error> {
+) -> Result<(registry::Document, Box<Manifest>, Bytes, Config), Error> {
     let mut todo = vec![(top, 1)];
     let mut mismatch = None;
     // Depth first, best candidates first; those without a platform may turn out to be for another.
     while let Some((document, depth)) = todo.pop() {
         match Document::parse(&document.bytes, &document.media_type)? {
             Document::Manifest(manifest) => {
+                if let Some(kind) = &manifest.artifact {
+                    let bytes = Config::of_artifact(kind, platform);
+                    let config = Config::parse(&bytes)?;
+                    return Ok((document, manifest, bytes.into(), config));
+                }
                 let Descriptor { digest, size, .. } = &manifest.config;
                 let bytes = remote.small_blob(digest, *size).await?;
                 let config = Config::parse(&bytes)?;
@@ -375,6 +406,22 @@ pub(super) fn wanted(layers: &[Descriptor], config: &Config) -> Result<Vec<Wante
         .map(|(layer, diff_id)| Wanted {
             content: Some((layer.digest.clone(), layer.size)),
             diff_id: diff_id.clone(),
+            foreign: manifest::is_foreign(&layer.media_type),
+            file: None,
+        })
+        .collect())
+}
+
+/// The files of an artifact.
+pub(super) fn files(layers: &[Descriptor]) -> Result<Vec<Wanted>, Error> {
+    let names = manifest::file_names(layers)?;
+    let layers = layers.iter().zip(names);
+    Ok(layers
+        .map(|(layer, name)| Wanted {
+            content: Some((layer.digest.clone(), layer.size)),
+            diff_id: layer.digest.clone(),
+            foreign: manifest::is_foreign(&layer.media_type),
+            file: Some(name),
         })
         .collect())
 }
@@ -382,7 +429,7 @@ pub(super) fn wanted(layers: &[Descriptor], config: &Config) -> Result<Vec<Wante
 /// A layer that is here, or one that must be fitted to those below.
 enum Got {
     Ready(Arc<Layer>),
-    Staged(Staged),
+    Staged(Box<Staged>),
 }
 
 /// Gets all layers, in parallel, and puts them in their places. When this returns an error nothing
@@ -450,7 +497,7 @@ pub(super) async fn layers(
             Got::Ready(layer) => layer,
             Got::Staged(staged) => {
                 let (shared, below) = (shared.clone(), placed.clone());
-                blocking(move || shared.layers.place(staged, &below)).await?.map_err(|source| {
+                blocking(move || shared.layers.place(*staged, &below)).await?.map_err(|source| {
                     Error::Place { layer: wanted[index].diff_id.clone(), source }
                 })?
             }
@@ -494,7 +541,11 @@ impl Fetch<'_> {
         let layers = &self.shared.layers;
         // Another pull may be at this very layer: wait and see.
         let _alone = layers.lock(&wanted.diff_id).await;
-        if let Some(layer) = layers.find(&wanted.diff_id, below) {
+        let found = match &wanted.file {
+            None => layers.find(&wanted.diff_id, below),
+            Some(name) => layers.find_file(&wanted.diff_id, name),
+        };
+        if let Some(layer) = found {
             self.phase(index, Phase::Exists);
             return Ok((index, Got::Ready(layer)));
         }
@@ -513,7 +564,7 @@ impl Fetch<'_> {
         };
         self.phase(index, Phase::Done);
         if staged.depends_on_parents() {
-            return Ok((index, Got::Staged(staged)));
+            return Ok((index, Got::Staged(Box::new(staged))));
         }
         let (shared, token) = (self.shared.clone(), self.unpackers.token());
         // In this order: the token goes after the layer, should nobody wait for them any more.
@@ -558,7 +609,12 @@ impl Fetch<'_> {
         // Both to their ends: after an error of one the other ends by itself.
         let (unpacked, fed) = futures::join!(unpack, feed);
         // An unpacker that got too little only knows that; the network knows why.
-        fed?;
+        match fed {
+            Err(Error::Registry(source)) if wanted.foreign && source.is_absence() => {
+                return Err(Error::Foreign { layer: digest.clone(), source });
+            }
+            fed => fed?,
+        }
         unpacked?
     }
 
@@ -576,6 +632,7 @@ impl Fetch<'_> {
             diff_id: wanted.diff_id.clone(),
             limit: self.shared.config.max_layer_size,
             format: self.shared.config.layer_format,
+            file: wanted.file.clone(),
         };
         let token = self.unpackers.token();
         let work = tokio::task::spawn_blocking(move || {
@@ -651,8 +708,6 @@ impl BufRead for Pieces {
 
 impl Read for Pieces {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let length = self.fill_buf()?.len().min(out.len());
-        self.current.copy_to_slice(&mut out[..length]);
-        Ok(length)
+        pipeline::read_buffered(self, out)
     }
 }

@@ -108,6 +108,7 @@ impl Images {
         progress: watch::Sender<Vec<Layered>>,
     ) -> Result<(Reference, Digest), super::Error> {
         let image = self.find(any).ok_or_else(|| super::Error::NoImage(any.to_owned()))?;
+        image.check_kind(super::ELSEWHERE)?;
         let conf = self.shared.registries.conf()?;
         let name = match to {
             Some(to) => conf.candidates(to)?.swap_remove(0),
@@ -142,7 +143,7 @@ impl Images {
 /// The manifest that the image came with, if it came with one.
 fn original(manifest: &[u8]) -> Option<Manifest> {
     match Document::parse(manifest, "") {
-        Ok(Document::Manifest(manifest)) => Some(manifest),
+        Ok(Document::Manifest(manifest)) => Some(*manifest),
         _ => None,
     }
 }

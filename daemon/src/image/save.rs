@@ -66,15 +66,8 @@ impl Kinded for Error {
     fn kind(&self) -> Kind {
         match self {
             Error::Recipe(recipe::Error::None(_)) => Kind::Precondition,
-            Error::Aside(e) | Error::Layer { source: e, .. }
-                if matches!(
-                    e.kind(),
-                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-                ) =>
-            {
-                Kind::Exhausted
-            }
-            Error::Recipe(_) | Error::Layer { .. } | Error::Aside(_) => Kind::Internal,
+            Error::Aside(source) | Error::Layer { source, .. } => Kind::of_disk(source),
+            Error::Recipe(_) => Kind::Internal,
             Error::Out(_) | Error::Stopped => Kind::Unavailable,
         }
     }

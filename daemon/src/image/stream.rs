@@ -3,8 +3,11 @@
 //! the same time as what is the business of `pipeline`.
 
 use std::{
-    io::{self, BufRead, Read},
-    os::fd::AsFd,
+    io::{self, BufRead, Read, Write as _},
+    os::{
+        fd::AsFd,
+        unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    },
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -79,6 +82,8 @@ pub struct Expected {
     pub limit: u64,
     /// What it is to become.
     pub format: LayerFormat,
+    /// It is no archive but a file, which gets this name.
+    pub file: Option<String>,
 }
 
 /// Unpacks the layer that `source` yields into the new directory or image `path`, and its recipe into the new
@@ -92,6 +97,13 @@ pub fn unpack_layer(
     recipe: &Path,
     give_up: impl FnOnce(),
 ) -> Result<Unpacked, Error> {
+    if let Some(name) = &expected.file {
+        let done = place_file(source, expected, path, recipe, name);
+        if done.is_err() {
+            give_up();
+        }
+        return done;
+    }
     let root = match expected.format {
         LayerFormat::Directories => {
             std::fs::create_dir(path).map_err(Error::Directory)?;
@@ -142,6 +154,63 @@ pub fn unpack_layer(
         return Err(Error::DiffId { got, want: expected.diff_id.clone() });
     }
     Ok(unpacked)
+}
+
+/// Makes the new directory `path` with the file `name`, which is what `source` yields.
+fn place_file(
+    source: impl BufRead,
+    expected: &Expected,
+    path: &Path,
+    recipe: &Path,
+    name: &str,
+) -> Result<Unpacked, Error> {
+    let write = |source| unpack::Error::Write { path: name.to_owned(), source };
+    std::fs::create_dir(path).map_err(Error::Directory)?;
+    let mut recorder = Recorder::create(recipe).map_err(Error::Directory)?;
+    // Names are relative and have no "..": see `manifest::file_names`.
+    let target = path.join(name);
+    let parents = target.parent().expect("it is below the layer");
+    std::fs::DirBuilder::new().recursive(true).mode(0o755).create(parents).map_err(write)?;
+    let options = &mut std::fs::OpenOptions::new();
+    let options = options.write(true).create_new(true).mode(0o644);
+    let mut file = options.open(&target).map_err(write)?;
+
+    let limit = expected.content.as_ref().map_or(expected.limit, |(_, size)| *size);
+    if limit > expected.limit {
+        return Err(Error::TooLarge { limit: expected.limit });
+    }
+    let mut content = Hashed::new(source, Some(limit));
+    loop {
+        let piece = content.fill_buf().map_err(source_error)?;
+        if piece.is_empty() {
+            break;
+        }
+        let length = piece.len();
+        file.write_all(piece).map_err(write)?;
+        content.consume(length);
+    }
+    let size = content.length;
+    if let Some((_, want)) = &expected.content
+        && size != *want
+    {
+        return Err(Error::Size { got: size, want: *want });
+    }
+    let got = Digest::from_sha256(content.hash.finalize().into());
+    if got != expected.diff_id {
+        return Err(Error::Content { got, want: expected.diff_id.clone() });
+    }
+    if size >= unpack::WRITE_BACK {
+        unpack::write_back(&file);
+    }
+    recorder.content(name.as_bytes(), &[(0, size)]);
+    let kept = recorder.finish().map_err(write)?;
+    Ok(Unpacked {
+        bytes: size.next_multiple_of(4096),
+        inodes: name.split('/').count() as u64,
+        kept: Some(kept),
+        file: Some(name.to_owned()),
+        ..Unpacked::default()
+    })
 }
 
 fn source_error(error: io::Error) -> Error {
@@ -252,11 +321,7 @@ impl<R: BufRead> BufRead for Hashed<R> {
 
 impl<R: BufRead> Read for Hashed<R> {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let buffer = self.fill_buf()?;
-        let length = buffer.len().min(out.len());
-        out[..length].copy_from_slice(&buffer[..length]);
-        self.consume(length);
-        Ok(length)
+        pipeline::read_buffered(self, out)
     }
 }
 

@@ -3,26 +3,9 @@
 
 use std::io::{self, Read, Write};
 
-const BLOCK: usize = 512;
+pub use super::tar::Kind;
 
-/// What an entry is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Followed by its content.
-    File,
-    /// The same file as another entry's path.
-    HardLink(Vec<u8>),
-    /// Leads to.
-    Symlink(Vec<u8>),
-    /// Major and minor.
-    Char(u32, u32),
-    /// Major and minor.
-    Block(u32, u32),
-    /// A directory.
-    Directory,
-    /// A named pipe.
-    Fifo,
-}
+const BLOCK: usize = 512;
 
 /// An entry, as the archive has it.
 #[derive(Clone, Debug)]

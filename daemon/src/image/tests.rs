@@ -50,7 +50,7 @@ impl Node {
         Self::with(|_| {}).await
     }
 
-    async fn of(format: config::LayerFormat) -> Self {
+    pub(super) async fn of(format: config::LayerFormat) -> Self {
         Self::with(|config| config.layer_format = format).await
     }
 
@@ -112,7 +112,7 @@ impl Node {
 }
 
 /// The layers' archives, made again.
-fn archives(image: &Image) -> Vec<Vec<u8>> {
+pub(super) fn archives(image: &Image) -> Vec<Vec<u8>> {
     let again = |layer: Arc<layers::Layer>| {
         let mut archive = Vec::new();
         let mut rebuilt = layer.archive().unwrap();
@@ -619,10 +619,19 @@ async fn manifests_that_are_too_large_or_of_the_wrong_kind_are_refused() {
     for (text, part, kind) in [
         ("<html>login</html>".to_owned(), "manifest is not valid", Kind::Invalid),
         (
-            String::from_utf8(TestImage::new(&[]).manifest)
-                .unwrap()
-                .replace("vnd.oci.image.config.v1", "vnd.cncf.helm.config.v1"),
-            "no container image",
+            String::from_utf8(TestImage::new(&[base()]).manifest).unwrap().replace(
+                "vnd.oci.image.layer.v1.tar+gzip",
+                "vnd.oci.image.layer.v1.tar+gzip+encrypted",
+            ),
+            "encrypted layers: there is no key",
+            Kind::Unsupported,
+        ),
+        (
+            String::from_utf8(TestImage::new(&[base()]).manifest).unwrap().replace(
+                "vnd.oci.image.layer.v1.tar+gzip",
+                "vnd.cncf.helm.chart.content.v1.tar+gzip",
+            ),
+            "not a tar archive we know",
             Kind::Unsupported,
         ),
     ] {

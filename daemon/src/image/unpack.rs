@@ -90,6 +90,8 @@ pub struct Unpacked {
     pub implied: Vec<PathBuf>,
     /// What of it the recipe must look for elsewhere; `None`: no recipe was asked for.
     pub kept: Option<Kept>,
+    /// It is this file alone, of an artifact.
+    pub file: Option<String>,
     /// The image that it is to be, of which names and attributes are not yet written; `None`: it is a
     /// directory.
     pub image: Option<(erofs::Writer, erofs::tree::Tree)>,
@@ -170,6 +172,7 @@ pub fn unpack_image<R: BufRead>(
         root_listed: tree.root_listed(),
         implied: tree.implied(),
         kept: built.kept,
+        file: None,
         image: Some((writer, tree)),
     })
 }
@@ -228,8 +231,8 @@ impl Layer<'_> {
             Some(slash) => (&path[..slash], &path[slash + 1..]),
             None => (&path[..0], &path[..]),
         };
-        if let Some(hidden) = name.strip_prefix(b".wh.") {
-            return self.whiteout(&entry, parent_path, hidden);
+        if let Some(marker) = marker(name) {
+            return self.mark(&entry, parent_path, marker.map_err(refuse)?);
         }
         check_xattrs(&entry.xattrs).map_err(refuse)?;
         let parent = self.enter(parent_path, &entry.path)?;
@@ -352,24 +355,17 @@ impl Layer<'_> {
         self.done.bytes += stored.next_multiple_of(4096);
     }
 
-    /// `.wh.NAME`: NAME of the layers below is gone. `.wh..wh..opq`: all of this directory.
-    fn whiteout(&mut self, entry: &Entry, parent_path: &[u8], hidden: &[u8]) -> Result<(), Error> {
+    fn mark(&mut self, entry: &Entry, parent_path: &[u8], marker: Marker<'_>) -> Result<(), Error> {
         let write = |e: Errno| Error::Write { path: show(&entry.path), source: e.into() };
-        if hidden == b".wh..opq" {
-            let real = self.enter(parent_path, &entry.path)?.real.clone();
-            self.directories.entry(real).or_default().opaque = true;
-            return Ok(());
-        }
-        if hidden.starts_with(b".wh.") {
-            // aufs' own bookkeeping (.wh..wh.plnk, .wh..wh.aufs): not content.
-            return Ok(());
-        }
-        if matches!(hidden, b"" | b"." | b"..") {
-            return Err(Error::Refused {
-                path: show(&entry.path),
-                rule: "a whiteout must name what it hides",
-            });
-        }
+        let hidden = match marker {
+            Marker::Opaque => {
+                let real = self.enter(parent_path, &entry.path)?.real.clone();
+                self.directories.entry(real).or_default().opaque = true;
+                return Ok(());
+            }
+            Marker::Nothing => return Ok(()),
+            Marker::Gone(hidden) => hidden,
+        };
         let parent = self.enter(parent_path, &entry.path)?;
         let path = join(&parent.real, hidden);
         let parent = parent.fd.try_clone();
@@ -682,6 +678,28 @@ pub(super) fn clean(path: &[u8]) -> Result<Vec<u8>, &'static str> {
     Ok(cleaned)
 }
 
+/// What an entry says of the layers below, by a name that begins with `.wh.` (image-spec layer.md
+/// "Whiteouts").
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Marker<'a> {
+    /// `.wh.NAME`: NAME is gone.
+    Gone(&'a [u8]),
+    /// `.wh..wh..opq`: all of this directory is.
+    Opaque,
+    /// aufs' own bookkeeping (.wh..wh.plnk, .wh..wh.aufs): no content.
+    Nothing,
+}
+
+/// The marker that an entry of this name is, or which rule it breaks; `None`: it is a file or the like.
+pub(super) fn marker(name: &[u8]) -> Option<Result<Marker<'_>, &'static str>> {
+    Some(match name.strip_prefix(b".wh.")? {
+        b".wh..opq" => Ok(Marker::Opaque),
+        hidden if hidden.starts_with(b".wh.") => Ok(Marker::Nothing),
+        b"" | b"." | b".." => Err("a whiteout must name what it hides"),
+        hidden => Ok(Marker::Gone(hidden)),
+    })
+}
+
 /// overlayfs' own attributes decide how layers are put together: a layer may not bring them.
 pub(super) fn check_xattrs(xattrs: &[(Vec<u8>, Vec<u8>)]) -> Result<(), &'static str> {
     if xattrs.iter().any(|(name, _)| name.starts_with(b"trusted.overlay.")) {
@@ -713,7 +731,7 @@ fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {
 }
 
 /// Where the open directory `fd` is in `root`.
-fn real_path(root: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+pub(super) fn real_path(root: BorrowedFd<'_>, fd: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     use std::os::fd::AsRawFd;
     let name = |fd: BorrowedFd<'_>| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     let (base, full) = (name(root)?, name(fd)?);

@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::{
     Error, Pod, PodView, Services,
-    config::{ContainerConfig, PidMode, PodRef, Resources, User},
+    config::{ContainerConfig, PidMode, PodNamespaces, PodRef, Resources, User},
     extras, foreign, io_at, leftover,
     nri::{self, Change as Limits},
     readback, recover,
@@ -429,7 +429,6 @@ fn namespaces(
 ) -> Result<NamespacePaths, Error> {
     let pod = &view.record.config.namespaces;
     let bundle = services.shims.pod_bundle(&view.record.id);
-    let pinned = |host: bool, kind| (!host).then(|| bundle.namespace(kind));
     let pid = match &record.config.security.pid {
         PidMode::Container => PidNamespace::New,
         PidMode::Node => PidNamespace::Host,
@@ -449,13 +448,19 @@ fn namespaces(
             PidNamespace::Path(format!("/proc/{pid}/ns/pid").into())
         }
     };
-    Ok(NamespacePaths {
+    Ok(pinned(pod, &bundle, pid))
+}
+
+/// The pod's namespaces, as its shim has pinned them; of PIDs this one.
+pub(super) fn pinned(pod: &PodNamespaces, bundle: &Bundle, pid: PidNamespace) -> NamespacePaths {
+    let pinned = |host: bool, kind| (!host).then(|| bundle.namespace(kind));
+    NamespacePaths {
         net: pinned(pod.host_network, Namespace::Net),
         ipc: pinned(pod.host_ipc, Namespace::Ipc),
         uts: pinned(pod.host_network, Namespace::Uts),
-        user: pod.user.is_some().then(|| bundle.namespace(Namespace::User)),
+        user: pinned(pod.user.is_none(), Namespace::User),
         pid,
-    })
+    }
 }
 
 /// The shim went while it was at it.
@@ -503,7 +508,7 @@ pub(super) async fn start(
 }
 
 /// Its pid, if it runs.
-async fn runs(client: &Client, id: &ContainerId) -> Option<u32> {
+pub(super) async fn runs(client: &Client, id: &ContainerId) -> Option<u32> {
     let state = client.state(id.as_str(), "").await.ok()?;
     (state.status == TaskStatus::Running).then_some(state.pid)
 }

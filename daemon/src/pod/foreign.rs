@@ -14,7 +14,7 @@ use std::{
 use holdfast_shim::{
     bundle::{Bundle, Exit as Status, ExitRecord, Namespace},
     cgroup::Cgroup,
-    client::{self, Client, CreateTask, ErrorKind, TaskStatus},
+    client::{self, Client, CreateTask, ErrorKind},
     control::{Control, Relay},
 };
 use oci_spec::runtime::Spec;
@@ -23,7 +23,7 @@ use tracing::{info, warn};
 use super::{
     Error, Pod, Services,
     config::{PidMode, PodRef},
-    io_at, recover, run,
+    container, io_at, recover, run,
     state::{ContainerState, Exit},
     task::Effect,
     volumes,
@@ -33,7 +33,7 @@ use crate::{
     error::chain,
     id::ContainerId,
     shims::foreign::{Mark, Unreached, nested_bundle},
-    spec::{self, NamespacePaths, PidNamespace},
+    spec::{self, PidNamespace},
     store::pods::{ContainerRecord, PodRecord},
 };
 
@@ -87,20 +87,13 @@ pub(super) async fn bring_up(services: &Services, pod: &PodRecord) -> Result<(),
     for dir in [bundle.dir().parent().unwrap_or(bundle.dir()), bundle.dir()] {
         volumes::owned_dir(dir, pod.config.namespaces.user.as_ref())?;
     }
-    let ns = &pod.config.namespaces;
     let of_pod = services.shims.pod_bundle(&pod.id);
-    let pinned = |host: bool, kind| (!host).then(|| of_pod.namespace(kind));
-    let namespaces = NamespacePaths {
-        net: pinned(ns.host_network, Namespace::Net),
-        ipc: pinned(ns.host_ipc, Namespace::Ipc),
-        uts: pinned(ns.host_network, Namespace::Uts),
-        user: ns.user.is_some().then(|| of_pod.namespace(Namespace::User)),
-        pid: match ns.pid {
-            PidMode::Node => PidNamespace::Host,
-            PidMode::Pod => PidNamespace::Path(of_pod.namespace(Namespace::Pid)),
-            PidMode::Container | PidMode::Target(_) => PidNamespace::New,
-        },
+    let pid = match pod.config.namespaces.pid {
+        PidMode::Node => PidNamespace::Host,
+        PidMode::Pod => PidNamespace::Path(of_pod.namespace(Namespace::Pid)),
+        PidMode::Container | PidMode::Target(_) => PidNamespace::New,
     };
+    let namespaces = container::pinned(&pod.config.namespaces, &of_pod, pid);
     let spec = spec::sandbox(
         &PodRef { id: &pod.id, config: &pod.config },
         &id,
@@ -224,10 +217,7 @@ async fn client_for_new(
 pub(super) async fn was_started(services: &Services, id: &ContainerId) -> bool {
     let bundle = services.shims.container_bundle(id);
     match services.shims.reach_foreign(&bundle).await {
-        Ok(client) => client
-            .state(id.as_str(), "")
-            .await
-            .is_ok_and(|state| state.status == TaskStatus::Running),
+        Ok(client) => container::runs(&client, id).await.is_some(),
         Err(_) => false,
     }
 }
@@ -344,21 +334,12 @@ async fn settle(
 async fn bury(services: &Services, record: &ContainerRecord) -> recover::Seen {
     let id = &record.id;
     info!(container = id.short(), "the container's shim is dead");
-    let path = services.shims.container_bundle(id).exit_record();
-    let before = ExitRecord::load(&path).ok().flatten();
-    let alive = record.state.pid().is_some_and(recover::is_alive);
     let bundle = services.shims.container_bundle(id);
+    let before = recover::Before::look(record, &bundle.exit_record());
     if let Err(error) = services.shims.end_foreign(id.as_str(), &bundle).await {
         warn!(container = id.short(), error = %chain(&error), "clean up after a dead shim");
     }
-    let (at, how) = match (before, alive) {
-        (Some(record), _) => {
-            (record.at, Exit::from_status(record.wire_status(), record.oom_killed))
-        }
-        // Nobody else was there to kill it.
-        (None, true) => (SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
-        (None, false) => (SystemTime::now(), Exit::Lost),
-    };
+    let (at, how) = before.verdict(None);
     recover::Seen { id: id.clone(), at, how }
 }
 

@@ -215,12 +215,9 @@ impl Pods {
 
     /// Takes an exit that a shim tells. True: it is recorded, or nobody's; false: tell it again.
     pub async fn exited(&self, container: &str, at: SystemTime, status: u32) -> bool {
-        let pod = {
-            let index = self.index();
-            let pod = index.containers.get(container).and_then(|pod| index.pods.get(pod));
-            pod.cloned()
+        let (Some(pod), Ok(id)) = (self.pod_of(container), container.parse::<ContainerId>()) else {
+            return true;
         };
-        let (Some(pod), Ok(id)) = (pod, container.parse::<ContainerId>()) else { return true };
         // Those of a foreign shim are waited for: it may drop its events.
         if pod.view().record.foreign.is_some() {
             return true;
@@ -335,16 +332,25 @@ async fn found(
         Err(error) => return Err(error),
     };
     if orphaned {
-        let (endpoint, client) = services.shims.revive(&record.id).await?;
-        let Missed { started, exits } = look(services, &client, live, Some(record)).await?;
-        return Ok(Effect::Linked { client, endpoint: Some(endpoint), started, exits });
+        return revived(services, record, live).await;
     }
     let Missed { started, exits } = look(services, &client, live, None).await?;
     crash::point("daemon.recover.shim-reached");
     Ok(Effect::Linked { client, endpoint: None, started, exits })
 }
 
-/// Starts a new shim in place of one that is dead. `None`: the pod cannot be saved.
+/// A new shim in place of one that is dead, and what happened meanwhile.
+async fn revived(
+    services: &Arc<Services>,
+    record: &PodRecord,
+    live: &[ContainerRecord],
+) -> Result<Effect, holdfast_shim::client::Error> {
+    let (endpoint, client) = services.shims.revive(&record.id).await?;
+    let Missed { started, exits } = look(services, &client, live, Some(record)).await?;
+    Ok(Effect::Linked { client, endpoint: Some(endpoint), started, exits })
+}
+
+/// Starts a new shim in place of one that is dead, a few times. `None`: the pod cannot be saved.
 async fn revive(
     services: &Arc<Services>,
     record: &PodRecord,
@@ -357,15 +363,10 @@ async fn revive(
     }
     for attempt in 1..=REVIVALS {
         let begun = Instant::now();
-        let revived = async {
-            let (endpoint, client) = services.shims.revive(&record.id).await?;
-            let Missed { started, exits } = look(services, &client, live, Some(record)).await?;
-            Ok::<_, holdfast_shim::client::Error>((endpoint, client, started, exits))
-        };
-        match revived.await {
-            Ok((endpoint, client, started, exits)) => {
+        match revived(services, record, live).await {
+            Ok(effect) => {
                 warn!(took = ?begun.elapsed(), "the pod's shim had died; a new one has taken over");
-                return Some(Effect::Linked { client, endpoint: Some(endpoint), started, exits });
+                return Some(effect);
             }
             Err(error) => {
                 warn!(attempt, error = %chain(&error), "a new shim could not take the pod over");
@@ -455,8 +456,7 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
     for container in live.iter().filter(|c| !c.state.is_exited()) {
         let id = &container.id;
         let path = services.shims.container_bundle(id).exit_record();
-        let before = recorded(&path);
-        let alive = container.state.pid().is_some_and(is_alive);
+        let before = Before::look(container, &path);
         // Not after a boot, which has emptied the state directory.
         if services.shims.container_bundle(id).dir().exists()
             && let Err(error) = services.shims.delete_dead(id, &record.runtime).await
@@ -464,19 +464,34 @@ async fn bury(services: &Services, record: &PodRecord, live: &[ContainerRecord])
             warn!(container = id.short(), error = %chain(&error), "clean up after a dead shim");
         }
         crash::point("daemon.bury.cleaned-up");
-        let (at, how) = match before.or_else(|| recorded(&path)) {
-            Some(record) => (record.at, exit_of(&record)),
-            // Nobody else was there to kill it.
-            None if alive => (SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
-            None => (SystemTime::now(), Exit::Lost),
-        };
+        let (at, how) = before.verdict(Some(&path));
         exits.push(Seen { id: id.clone(), at, how });
     }
     exits
 }
 
-pub(super) fn is_alive(pid: u32) -> bool {
-    Path::new(&format!("/proc/{pid}")).exists()
+/// What is known of a container before what is left of it is ended.
+pub(super) struct Before {
+    record: Option<ExitRecord>,
+    alive: bool,
+}
+
+impl Before {
+    pub(super) fn look(container: &ContainerRecord, record: &Path) -> Self {
+        let is_alive = |pid| Path::new(&format!("/proc/{pid}")).exists();
+        let alive = container.state.pid().is_some_and(is_alive);
+        Self { record: recorded(record), alive }
+    }
+
+    /// When and how it ended, now that it has; `record`: where its end may have been written meanwhile.
+    pub(super) fn verdict(self, record: Option<&Path>) -> (SystemTime, Exit) {
+        match self.record.or_else(|| record.and_then(recorded)) {
+            Some(record) => (record.at, exit_of(&record)),
+            // Nobody else was there to kill it.
+            None if self.alive => (SystemTime::now(), Exit::Signal(libc::SIGKILL as u8)),
+            None => (SystemTime::now(), Exit::Lost),
+        }
+    }
 }
 
 #[cfg(test)]

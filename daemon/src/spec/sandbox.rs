@@ -4,11 +4,10 @@
 use std::{collections::HashMap, path::Path};
 
 use oci_spec::runtime::{
-    Linux, LinuxCapabilities, LinuxDeviceCgroup, LinuxNamespace, LinuxNamespaceType,
-    LinuxResources, Mount, Process, Root, Spec, User,
+    Linux, LinuxCapabilities, LinuxDeviceCgroup, LinuxResources, Mount, Process, Root, Spec, User,
 };
 
-use super::{Error, NamespacePaths, PidNamespace, cgroups_path, mounts, resources};
+use super::{Error, NamespacePaths, cgroups_path, joined, mounts, resources};
 use crate::{config::CgroupDriver, id::ContainerId, node::Node, pod::config::PodRef};
 
 /// What it runs: the name by which our shim's binary knows its part.
@@ -106,35 +105,14 @@ pub fn sandbox(
     Ok(spec)
 }
 
-fn joined(paths: &NamespacePaths) -> Vec<LinuxNamespace> {
-    let namespace = |typ, path: Option<&Path>| {
-        let mut out = LinuxNamespace::default();
-        out.set_typ(typ).set_path(path.map(Path::to_owned));
-        out
-    };
-    let mut list = vec![namespace(LinuxNamespaceType::Mount, None)];
-    match &paths.pid {
-        PidNamespace::New => list.push(namespace(LinuxNamespaceType::Pid, None)),
-        PidNamespace::Path(path) => list.push(namespace(LinuxNamespaceType::Pid, Some(path))),
-        PidNamespace::Host => {}
-    }
-    for (typ, path) in [
-        (LinuxNamespaceType::Network, &paths.net),
-        (LinuxNamespaceType::Ipc, &paths.ipc),
-        (LinuxNamespaceType::Uts, &paths.uts),
-        (LinuxNamespaceType::User, &paths.user),
-    ] {
-        if let Some(path) = path {
-            list.push(namespace(typ, Some(path)));
-        }
-    }
-    list
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{id::PodId, pod::config::PodConfig, spec::tests::node};
+    use crate::{
+        id::PodId,
+        pod::config::PodConfig,
+        spec::{PidNamespace, tests::node},
+    };
 
     #[test]
     fn it_joins_the_pods_namespaces_and_may_do_nothing() {

@@ -13,6 +13,7 @@ use holdfast_protos::cri as api;
 
 use crate::{
     cri::Cri,
+    fake::GatedRuntime,
     ground::{Ground, Process, names_in},
     node::{Cni, write_network},
     wait::{Look, eventually},
@@ -47,6 +48,8 @@ pub struct Containerd {
     daemon: Option<Process>,
     binary: PathBuf,
     shim: Option<PathBuf>,
+    /// What our shim runs in runc's place.
+    gate: Option<GatedRuntime>,
     version: String,
     cri: Cri,
     ground: Ground,
@@ -91,7 +94,8 @@ impl Containerd {
         fs::write(ground.path().join("config.toml"), config(&ground, major, runc, pause, kind))?;
         let cri = Cri::new(ground.path().join("cri.sock"));
         let shim = shim.map(Path::to_path_buf);
-        let mut peer = Self { daemon: None, binary: binary.into(), shim, version, cri, ground };
+        let binary = binary.to_path_buf();
+        let mut peer = Self { daemon: None, binary, shim, gate: None, version, cri, ground };
         peer.restart().await?;
         Ok(peer)
     }
@@ -171,20 +175,29 @@ impl Containerd {
             .collect();
         dirs.extend(env::split_paths(&env::var_os("PATH").unwrap_or_default()));
         let path = env::join_paths(dirs)?.to_string_lossy().into_owned();
+        let root = self.ground.path().join("runc").display().to_string();
+        // Inherited by our shim: under `ctr` nobody tells it what to run, and where its state is to be.
+        let mut environment = vec![("PATH".into(), path), ("HOLDFAST_RUNTIME_ROOT".into(), root)];
+        if let Some(gate) = &self.gate {
+            environment.push(("HOLDFAST_RUNTIME".into(), gate.path().display().to_string()));
+        }
         self.daemon = Some(Process::spawn(
             &self.binary,
             &["--config".as_ref(), self.ground.path().join("config.toml").as_os_str()],
-            &[
-                ("PATH".into(), path),
-                // Inherited by our shim: under `ctr` nobody tells it where runc's state is to be.
-                (
-                    "HOLDFAST_RUNTIME_ROOT".into(),
-                    self.ground.path().join("runc").display().to_string(),
-                ),
-            ],
+            &environment,
             &self.ground.path().join("daemon.log"),
         )?);
         Ok(())
+    }
+
+    /// From the next start on our shim runs a script before runc, for `ctr`'s containers.
+    ///
+    /// # Errors
+    /// The script cannot be written.
+    pub fn gate(&mut self) -> Result<GatedRuntime> {
+        let gate = GatedRuntime::install(self.ground.path())?;
+        self.gate = Some(gate.clone());
+        Ok(gate)
     }
 
     /// SIGKILL.

@@ -5,18 +5,26 @@
 //! `needs` says from which version on readers may take it. Any other field is only added, with a
 //! default, so that neighbouring releases read each other's.
 
-use std::{path::PathBuf, sync::atomic::Ordering, time::SystemTime};
+use std::{
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Called, Container, Ended, Error, IdMaps, Pod, Process, Stage, Uris, io_error};
+use super::{
+    Called, Container, Ended, Error, INIT_GRACE, IdMaps, Pod, Process, Stage, Uris, io_error,
+};
 use crate::{
-    bundle::replace,
+    bundle::{Bundle, replace},
     cgroup::Cgroup,
     control::{Kept, Relay},
+    kubernetes, mounts,
     options::PodOptions,
-    process::{lock, report},
-    runtime::Runtime,
+    process::{Reaper, lock, report},
+    runtime::{self, Runtime},
+    stat::stat_of,
 };
 
 /// What is written.
@@ -152,6 +160,61 @@ fn bad(error: serde_json::Error) -> String {
     format!("the state of the shim before: {error}")
 }
 
+impl Saved {
+    /// Ends what a shim that is dead has left of its pod, where nobody is to take it over: containers, the
+    /// pod's init, mounts. Says what could not be ended.
+    pub(crate) async fn end(&self, reaper: &Arc<Reaper>) -> Vec<String> {
+        let mut problems = Vec::new();
+        for container in &self.containers {
+            if let SavedStage::Created(who) | SavedStage::Running(who) = container.init.stage
+                && who.lives()
+                && let Err(error) = end_container(who.pid).await
+            {
+                problems.push(format!("container {}: {error}", container.id));
+            }
+            match container.runtime.delete(reaper, &container.id, true).await {
+                Ok(()) | Err(runtime::Error::Spawn { .. }) => {}
+                Err(error) => problems.push(error.to_string()),
+            }
+            let rootfs = Bundle::new(&container.bundle).rootfs();
+            if container.mounted
+                && let Err(error) = mounts::unmount(&rootfs)
+            {
+                problems.push(format!("unmount {}: {error}", rootfs.display()));
+            }
+        }
+        if let Some(sandbox) = &self.sandbox {
+            if let Some(who) = sandbox.init
+                && let Some(init) = reaper.own_stranger(who.pid, who.began)
+            {
+                let _ = init.signal(libc::SIGKILL);
+                let _ = tokio::time::timeout(INIT_GRACE, init.ended()).await;
+            }
+            kubernetes::remove_files(&Bundle::new(&sandbox.bundle), &sandbox.options);
+        }
+        problems
+    }
+}
+
+impl Who {
+    fn lives(self) -> bool {
+        stat_of(self.pid).is_some_and(|stat| stat.began == self.began)
+    }
+}
+
+/// Kills a container that has no shim any more, and waits until it is dead.
+pub(crate) async fn end_container(pid: u32) -> Result<(), String> {
+    let Ok(cgroup) = Cgroup::of_container(pid) else { return Ok(()) };
+    cgroup.kill().map_err(|error| format!("kill what is left: {error}"))?;
+    for _ in 0..500 {
+        if cgroup.pids().is_ok_and(|pids| pids.is_empty()) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Err(format!("process {pid} does not die within 5 s of SIGKILL"))
+}
+
 impl Process {
     fn saved(&self) -> SavedProcess {
         let who = |pid| Who { pid, began: self.began.load(Ordering::Relaxed) };
@@ -242,7 +305,7 @@ impl Pod {
     }
 
     /// Takes over what the shim had that died here, with what it has lent to the daemon.
-    pub(crate) async fn adopt_orphan(self: &std::sync::Arc<Self>, kept: Kept) -> Called<()> {
+    pub(crate) async fn adopt_orphan(self: &Arc<Self>, kept: Kept) -> Called<()> {
         if !self.orphan_is_waiting() {
             return Err(Error::Precondition("no shim has died here".into()));
         }

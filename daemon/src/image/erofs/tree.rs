@@ -17,7 +17,10 @@ use super::{
     super::{
         recipe::Recorder,
         tar::{Archive, Entry, Kind, Sparse, Time},
-        unpack::{Error, OPAQUE, WRITE_BACK, check_xattrs, clean, show, wanted_xattrs, write_back},
+        unpack::{
+            Error, Marker, OPAQUE, WRITE_BACK, check_xattrs, clean, marker, show, wanted_xattrs,
+            write_back,
+        },
     },
     BLOCK, TAIL, Writer,
 };
@@ -361,7 +364,7 @@ impl<'a> Builder<'a> {
             if self.tree.nodes.len() > MAX_NODES {
                 return Err(Error::Refused {
                     path: "the layer".to_owned(),
-                    rule: "it has more than 2097152 files (images.layers = \"overlayfs\" takes it)",
+                    rule: "it has more than 2097152 files (images.layer_format = \"directories\" takes it)",
                 });
             }
         }
@@ -388,8 +391,8 @@ impl<'a> Builder<'a> {
             Some(slash) => (&path[..slash], &path[slash + 1..]),
             None => (&path[..0], &path[..]),
         };
-        if let Some(hidden) = name.strip_prefix(b".wh.") {
-            return self.whiteout(&entry, parent, hidden);
+        if let Some(marker) = marker(name) {
+            return self.mark(&entry, parent, marker.map_err(refuse)?);
         }
         check_xattrs(&entry.xattrs).map_err(refuse)?;
         let parent = self.enter(parent, &entry.path)?;
@@ -444,21 +447,16 @@ impl<'a> Builder<'a> {
         node.listed = true;
     }
 
-    fn whiteout(&mut self, entry: &Entry, parent: &[u8], hidden: &[u8]) -> Result<(), Error> {
-        if hidden == b".wh..opq" {
-            let parent = self.enter(parent, &entry.path)?;
-            self.tree.node_mut(parent).opaque = true;
-            return Ok(());
-        }
-        if hidden.starts_with(b".wh.") {
-            return Ok(());
-        }
-        if matches!(hidden, b"" | b"." | b"..") {
-            return Err(Error::Refused {
-                path: show(&entry.path),
-                rule: "a whiteout must name what it hides",
-            });
-        }
+    fn mark(&mut self, entry: &Entry, parent: &[u8], marker: Marker<'_>) -> Result<(), Error> {
+        let hidden = match marker {
+            Marker::Opaque => {
+                let parent = self.enter(parent, &entry.path)?;
+                self.tree.node_mut(parent).opaque = true;
+                return Ok(());
+            }
+            Marker::Nothing => return Ok(()),
+            Marker::Gone(hidden) => hidden,
+        };
         let parent = self.enter(parent, &entry.path)?;
         match self.tree.lookup(parent, hidden) {
             Some(id) if self.tree.names(id).is_some() => self.tree.node_mut(id).opaque = true,
