@@ -618,6 +618,12 @@ impl Node {
         .with_context(|| self.daemon_log(60))
     }
 
+    /// What is there now is nothing that must be gone at the end: files that another release of the daemon
+    /// has and keeps. Before there are pods.
+    pub fn rebase(&mut self) {
+        self.baseline = self.inventory();
+    }
+
     /// Stops and removes every pod through the CRI.
     ///
     /// # Errors

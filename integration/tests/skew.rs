@@ -55,8 +55,8 @@ struct Story {
 }
 
 impl Story {
-    async fn begin(node: &mut Node) -> Result<Self> {
-        let image = node.busybox().await?;
+    async fn begin(node: &mut Node, new: &Binaries, old: &Binaries) -> Result<Self> {
+        let image = prepared(node, [new, old]).await?;
         let go = node.path().join("go");
         fs::create_dir(&go)?;
         let pod = node.pod("a").shared_pids().run().await?;
@@ -275,6 +275,19 @@ impl Story {
     }
 }
 
+/// An image, on a node that daemons of both releases have had, the last of them still: each has files of
+/// its own that stay, and copies of what it knows of images.
+async fn prepared(node: &mut Node, releases: [&Binaries; 2]) -> Result<String> {
+    let image = node.busybox().await?;
+    for release in releases {
+        node.terminate()?;
+        node.install(&release.daemon)?;
+        node.restart().await?;
+    }
+    node.rebase();
+    Ok(image)
+}
+
 async fn says(input: &mut AttachInput, output: &mut AttachOutput, word: &str) -> Result<()> {
     input.stdin(format!("{word}\n").as_bytes()).await?;
     let mut seen = Vec::new();
@@ -335,7 +348,7 @@ async fn kill_shim(node: &Node, story: &mut Story) -> Result<()> {
 async fn pods_of_the_previous_release_go_on_under_this_daemon_and_back_again() -> Result<()> {
     let Some(Releases { old, new }) = releases()? else { return Ok(()) };
     let mut node = Node::builder().installed(&old).start().await?;
-    let mut story = Story::begin(&mut node).await?;
+    let mut story = Story::begin(&mut node, &new, &old).await?;
     for (release, what) in [(&new, "upgraded"), (&old, "put back"), (&new, "upgraded again")] {
         story.install(&mut node, &[&release.daemon, &release.cli]).await.context(what)?;
         let on = story.goes_on(&node).await;
@@ -351,7 +364,7 @@ async fn shims_of_this_release_serve_the_previous_daemon() -> Result<()> {
     let Some(Releases { old, new }) = releases()? else { return Ok(()) };
     let mixed = Binaries { shim: new.shim.clone(), ..old.clone() };
     let mut node = Node::builder().installed(&mixed).start().await?;
-    let mut story = Story::begin(&mut node).await?;
+    let mut story = Story::begin(&mut node, &new, &old).await?;
     ensure!(story.is_run_by(&node, &new)?);
     story.goes_on(&node).await.with_context(|| node.daemon_log(30))?;
     for (release, what) in [(&old, "started anew"), (&new, "upgraded"), (&old, "put back")] {
@@ -368,7 +381,7 @@ async fn shims_of_this_release_serve_the_previous_daemon() -> Result<()> {
 async fn shims_of_the_previous_release_are_upgraded_in_place_and_put_back() -> Result<()> {
     let Some(Releases { old, new }) = releases()? else { return Ok(()) };
     let mut node = Node::builder().installed(&old).start().await?;
-    let mut story = Story::begin(&mut node).await?;
+    let mut story = Story::begin(&mut node, &new, &old).await?;
     let pid = story.shim(&node)?;
     let attached = story.control(&node);
     let both = Attach { stdin: true, stdout: true, stderr: false };
@@ -404,7 +417,7 @@ async fn shims_of_the_previous_release_are_upgraded_in_place_and_put_back() -> R
 async fn a_shim_takes_over_from_a_dead_one_of_the_other_release() -> Result<()> {
     let Some(Releases { old, new }) = releases()? else { return Ok(()) };
     let mut node = Node::builder().installed(&old).start().await?;
-    let mut story = Story::begin(&mut node).await?;
+    let mut story = Story::begin(&mut node, &new, &old).await?;
     for (release, what) in [(&new, "upgraded"), (&old, "put back")] {
         let programs = [&release.daemon, &release.cli, &release.shim];
         story.install(&mut node, &programs).await.context(what)?;
@@ -422,7 +435,7 @@ async fn what_one_release_has_made_the_other_takes_away() -> Result<()> {
     let Some(Releases { old, new }) = releases()? else { return Ok(()) };
     for (before, after) in [(&old, &new), (&new, &old)] {
         let mut node = Node::builder().installed(before).start().await?;
-        let image = node.busybox().await?;
+        let image = prepared(&mut node, [after, before]).await?;
         let baseline = node.inventory();
         let mut pods = Vec::new();
         for name in ["running", "stopped", "gone"] {

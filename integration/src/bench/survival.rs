@@ -51,7 +51,7 @@ pub(super) async fn run(
     samples: &mut Samples,
     sides: &mut [Side],
 ) -> Result<()> {
-    let (pods, rounds) = if plan.quick { (PODS / 4, 2) } else { (PODS, 5) };
+    let (pods, rounds) = (PODS, if plan.quick { 2 } else { 5 });
     for side in sides.iter_mut() {
         progress(format!("{pods} pods for {}", side.column));
         for _ in 1..pods {
