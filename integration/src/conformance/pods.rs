@@ -114,17 +114,30 @@ fn with_namespaces(bench: &Bench, options: cri::NamespaceOption) -> cri::PodSand
 }
 
 /// A network namespace, kept by a mount at that path; `user`: in a user namespace of its own.
-fn network(at: &Path, user: bool) -> Result<()> {
+async fn network(at: &Path, user: bool) -> Result<()> {
     fs::write(at, "")?;
     let mut command = Program::new("unshare");
-    command.arg(format!("--net={}", at.display()));
     if user {
         command.args(["--user", "--map-root-user"]);
     }
-    let output = command.arg("true").output()?;
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    ensure!(output.status.success(), "unshare: {said}");
-    Ok(())
+    let mut holder = command.args(["--net", "sleep", "1000"]).spawn().context("unshare")?;
+    let made = async {
+        let pid = holder.id();
+        eventually(DEADLINE, "the network namespace", async || {
+            // It is unshared, and mapped, before it becomes something else.
+            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            Ok(Look::when(name == "sleep\n", || name))
+        })
+        .await?;
+        let source = format!("/proc/{pid}/ns/net");
+        let bind = nix::mount::MsFlags::MS_BIND;
+        nix::mount::mount(Some(source.as_str()), at, None::<&str>, bind, None::<&str>)?;
+        anyhow::Ok(())
+    };
+    let made = made.await;
+    holder.kill()?;
+    holder.wait()?;
+    made
 }
 
 fn inode(path: impl AsRef<Path>) -> Result<u64> {
@@ -161,7 +174,7 @@ fn member(bench: &Bench, script: &str, sandbox: SandboxStarted) -> Result<Contai
 
 pub(super) async fn life(bench: Arc<Bench>) -> Result<()> {
     let netns = bench.ground.path().join("netns");
-    network(&netns, false)?;
+    network(&netns, false).await?;
     let sandbox = Sandbox::start(&bench).await?;
     let started = sandbox.begin(&config(&bench), &netns).await?;
     let ended = sandbox.wait().await?;
@@ -230,8 +243,8 @@ pub(super) async fn namespaces(bench: Arc<Bench>) -> Result<()> {
     let user = cri::UserNamespace { uids: maps(), gids: maps(), ..Default::default() };
     let own = cri::NamespaceOption { userns_options: Some(user), ..Default::default() };
     let (netns, nodes) = (bench.ground.path().join("netns"), bench.ground.path().join("nodes"));
-    network(&netns, true)?;
-    network(&nodes, false)?;
+    network(&netns, true).await?;
+    network(&nodes, false).await?;
     let sandbox = Sandbox::start(&bench).await?;
     let started = sandbox.begin(&with_namespaces(&bench, own.clone()), &netns).await?;
     ensure!(namespace(started.pid, "net")? == inode(&netns)?, "the network that was given");
@@ -250,7 +263,7 @@ pub(super) async fn namespaces(bench: Arc<Bench>) -> Result<()> {
 
 pub(super) async fn dead(bench: Arc<Bench>) -> Result<()> {
     let netns = bench.ground.path().join("netns");
-    network(&netns, false)?;
+    network(&netns, false).await?;
     let sandbox = Sandbox::start(&bench).await?;
     let started = sandbox.begin(&config(&bench), &netns).await?;
     let container = member(&bench, "exec sleep 1000", started)?;
