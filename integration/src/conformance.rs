@@ -5,6 +5,8 @@
 //! through the client that the daemon uses. What does not hold is a deviation: docs/shims.md explains
 //! each that a shim of the tests has.
 
+mod pods;
+
 use std::{
     fmt::Write as _,
     fs,
@@ -54,7 +56,7 @@ pub struct Case {
 }
 
 macro_rules! cases {
-    ($($name:literal => $case:ident),* $(,)?) => {
+    ($($name:literal => $case:path),* $(,)?) => {
         /// All cases, in the order of the table.
         pub const CASES: &[Case] = &[$(Case {
             name: $name,
@@ -95,6 +97,9 @@ cases! {
     "Shutdown with a container left does nothing" => shutdown_early,
     "Shutdown ends the process and its socket" => shutdown,
     "`delete` after the shim was killed kills the container" => delete_dead,
+    "Sandbox v1: a pod's life by containerd 2.x's calls" => pods::life,
+    "Sandbox v1: namespaces of the node, and a user namespace that is given" => pods::namespaces,
+    "Sandbox v1: `delete` after the shim was killed ends the whole pod" => pods::dead,
 }
 
 /// One case's ground: a shim's directories, and what it has sent.

@@ -223,6 +223,8 @@ refuse() {
   echo "(00.1) Error (criu/fake.c:1): $1" >> "$work/$2.log"
   exit 1
 }
+# Where nobody says, criu works beside its images.
+[ -n "$work" ] || work=$image
 if [ "$verb" = checkpoint ]; then
   [ -d "$image" ] && [ -d "$work" ] || { echo "no directories" >&2; exit 1; }
   state=$(runc --root "$root" state "$id") || exit 1

@@ -1,24 +1,21 @@
 //! gVisor's runsc as an OCI command line under our shim.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt as _};
 
 use anyhow::{Context as _, Result, ensure};
 use holdfast_integration::{Node, bench::peer::in_path};
 
-/// A node whose handler "gvisor" is runsc, by that platform: ptrace runs everywhere, if slowly. It uses the pod's
+/// A node whose handler "gvisor" is runsc, by ptrace: that runs everywhere, if slowly. It uses the pod's
 /// network by way of the kernel: Debian's takes every namespace of Linux 6.18 for the node's, and refuses
 /// to take its network over.
-async fn node(platform: &str) -> Result<(Node, String, tempfile::TempDir)> {
+async fn node() -> Result<(Node, String, tempfile::TempDir)> {
     let runsc = in_path("runsc").context("runsc is missing: run 'make deps'")?;
     let dir = tempfile::tempdir()?;
     let script = dir.path().join("runsc");
     // Flags of a runtime are put before it by a script.
     fs::write(
         &script,
-        format!(
-            "#!/bin/sh\nexec {} --platform={platform} --network=host \"$@\"\n",
-            runsc.display()
-        ),
+        format!("#!/bin/sh\nexec {} --platform=ptrace --network=host \"$@\"\n", runsc.display()),
     )?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
     let mut node = Node::builder()
@@ -31,7 +28,7 @@ async fn node(platform: &str) -> Result<(Node, String, tempfile::TempDir)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_lives_in_gvisor() -> Result<()> {
-    let (mut node, image, _dir) = node("ptrace").await?;
+    let (mut node, image, _dir) = node().await?;
     let pod = node.pod("a").runtime("gvisor").run().await?;
     let address = pod.ip().await?;
     let container = pod
@@ -63,10 +60,7 @@ async fn a_pod_lives_in_gvisor() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_in_gvisor_is_killed_and_its_code_is_told() -> Result<()> {
-    // The faster one, where the processor has it.
-    let platform = if Path::new("/dev/kvm").exists() { "kvm" } else { "ptrace" };
-    println!("runsc --platform={platform}");
-    let (node, image, _dir) = node(platform).await?;
+    let (node, image, _dir) = node().await?;
     let pod = node.pod("a").host_network().runtime("gvisor").run().await?;
     let ends = pod.container(&image).name("ends").sh("exit 42").start().await?;
     assert_eq!(ends.wait().await?.exit_code, 42);

@@ -239,7 +239,7 @@ fn mount_files(pod: &Bundle, options: &PodOptions, spec: &mut Json) {
     if !there(mounts, "/dev/shm") {
         let shm = if options.ipc { pod.shm() } else { "/dev/shm".into() };
         mounts.push(json!({"destination": "/dev/shm", "type": "bind", "source": shm,
-                           "options": ["rbind", "rprivate", "rw"]}));
+                           "options": ["rbind", "rprivate", "nosuid", "nodev", "noexec", "rw"]}));
     }
 }
 
