@@ -345,7 +345,6 @@ async fn live(
     }
     let forwarding = pod.clone();
     tokio::spawn(async move { forwarding.events.run().await });
-    tokio::spawn(tidy(pod.clone()));
     let watching = pod.clone();
     tokio::spawn(async move {
         if let Err(error) = watch_bundle(watching).await {
@@ -418,22 +417,6 @@ async fn take_over(
     pod.reaper.sweep();
     pod.changed();
     Ok((handed.asker.map(stream).transpose()?, control))
-}
-
-/// How long nothing has changed until memory is given back.
-const TIDY: Duration = Duration::from_secs(1);
-
-/// Gives the kernel back what a burst of calls has needed: malloc keeps free pages between those that are
-/// in use, half as much as an idle shim has after ten thousand execs. At most once a second, and not while all is
-/// quiet.
-#[expect(unsafe_code, reason = "malloc_trim(3)")]
-async fn tidy(pod: Arc<Pod>) {
-    loop {
-        pod.lent.notified().await;
-        tokio::time::sleep(TIDY).await;
-        // SAFETY: no memory that is in use is touched.
-        unsafe { libc::malloc_trim(0) };
-    }
 }
 
 /// Wakes the shim when its bundle may have gone: one inotify instance per shim, and no timer.
