@@ -13,6 +13,7 @@ use tokio::process::Command;
 use crate::{
     config::find_program,
     error::{Kind, Kinded},
+    node::CgroupMode,
     spec::RuntimeFeatures,
 };
 
@@ -28,6 +29,11 @@ pub enum Error {
          runtime handler with one that is built with criu"
     )]
     NotBuilt { runtime: PathBuf },
+    #[error(
+        "{runtime} restores containers into the root cgroup on a node with cgroup v1, and ends what else is \
+         there, all of the node's processes: use a runtime handler with runc, or a node with cgroup v2"
+    )]
+    RootCgroup { runtime: PathBuf },
     #[error(
         "criu is not installed on this node: install it where the PATH of holdfastd finds it (Debian: \
          package criu), 3.16 or newer"
@@ -49,6 +55,7 @@ impl Kinded for Error {
         match self {
             Error::Hangs { .. } => Kind::Deadline,
             Error::NotBuilt { .. }
+            | Error::RootCgroup { .. }
             | Error::NotInstalled
             | Error::Run { .. }
             | Error::Refuses { .. } => Kind::Precondition,
@@ -60,7 +67,16 @@ impl Kinded for Error {
 ///
 /// # Errors
 /// What is missing.
-pub async fn check(runtime: &Path, features: &RuntimeFeatures) -> Result<(), Error> {
+pub async fn check(
+    runtime: &Path,
+    features: &RuntimeFeatures,
+    cgroup: CgroupMode,
+) -> Result<(), Error> {
+    // Seen with crun 1.28: criu is told "/" for the container's cgroup in every hierarchy.
+    let is_crun = runtime.file_name().is_some_and(|name| name.to_string_lossy().contains("crun"));
+    if is_crun && cgroup != CgroupMode::V2 {
+        return Err(Error::RootCgroup { runtime: runtime.to_owned() });
+    }
     if features.checkpoint == Some(false) {
         return Err(Error::NotBuilt { runtime: runtime.to_owned() });
     }
@@ -141,8 +157,14 @@ mod tests {
     #[tokio::test]
     async fn a_runtime_that_cannot_is_named() {
         let features = RuntimeFeatures { checkpoint: Some(false), ..RuntimeFeatures::default() };
-        let error = check(Path::new("/usr/bin/youki"), &features).await.unwrap_err();
+        let youki = Path::new("/usr/bin/youki");
+        let error = check(youki, &features, CgroupMode::V2).await.unwrap_err();
         assert_eq!(error.kind(), Kind::Precondition);
         assert!(error.to_string().contains("/usr/bin/youki"), "{error}");
+        // What would harm the node is never begun.
+        let crun = Path::new("/usr/bin/crun");
+        let error = check(crun, &RuntimeFeatures::default(), CgroupMode::Hybrid).await.unwrap_err();
+        assert!(matches!(error, Error::RootCgroup { .. }), "{error}");
+        assert_eq!(error.kind(), Kind::Precondition);
     }
 }

@@ -196,7 +196,8 @@ pub(super) async fn write(
         return Err(Error::ForeignCheckpoint { handler: view.record.handler.clone() });
     }
     check_target(&what.to)?;
-    criu::check(&view.record.runtime, &services.features.of(&view.record.runtime)).await?;
+    let runtime = &view.record.runtime;
+    criu::check(runtime, &services.features.of(runtime), services.node.cgroup.mode).await?;
 
     let stage = Stage::begin(&services, &pod.id, &what).await?;
     let begun = std::time::Instant::now();

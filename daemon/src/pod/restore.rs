@@ -194,7 +194,8 @@ pub(super) async fn prepare(
     if view.record.config.namespaces.user.is_some() {
         return Err(Error::RestoreUsers { id: view.record.id.clone() });
     }
-    criu::check(&view.record.runtime, &services.features.of(&view.record.runtime)).await?;
+    let runtime = &view.record.runtime;
+    criu::check(runtime, &services.features.of(runtime), services.node.cgroup.mode).await?;
     let dir = directory(services, id);
     let unpacked = async {
         let found = take(services, source, dir.clone()).await?;
