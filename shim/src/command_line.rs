@@ -491,7 +491,8 @@ async fn clean_up(arguments: &Arguments, bundle: &Bundle) -> Result<crate::pod::
         if let Ok(state) = fs::read(bundle.shim_state()) {
             match Saved::parse(&state) {
                 Ok(left) => problems.extend(left.end(&reaper).await),
-                Err(error) => problems.push(error),
+                // Of a release that this one cannot read, or broken: the rest goes all the same.
+                Err(error) => report!("delete: what the pod had is not known: {error}"),
             }
         }
         namespaces::remove(bundle);
