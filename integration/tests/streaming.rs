@@ -285,7 +285,6 @@ async fn attach_sees_what_the_log_has_and_feeds_the_process(runtime: &str) -> Re
         let url = attach_url(&node, &container, false).await?;
         let (stdout, stderr) = (Seen::default(), Seen::default());
         let io = Io { stdin: from, stdout: stdout.output(), stderr: stderr.output(), sizes: None };
-        // Opened before the process is fed: what it writes from here on is this session's too.
         let session = Client::new().open(&url).await?;
         let (leave, left) = tokio::sync::oneshot::channel::<()>();
         let task = tokio::spawn(session.join(io, async move {
@@ -296,6 +295,14 @@ async fn attach_sees_what_the_log_has_and_feeds_the_process(runtime: &str) -> Re
     let (mut keys, typed) = tokio::io::duplex(1024);
     let (first, leave, first_out, first_err) = join(input(typed)).await?;
     let (second, stay, second_out, second_err) = join(None).await?;
+    // A session is open before the shim has it; what the process writes once it sees anything is its too.
+    on(&node, PATIENCE, "both to be attached", async || {
+        keys.write_all(b"sync\n").await?;
+        let seen = [first_out.text(), second_out.text()];
+        let both = seen.iter().all(|text| text.contains("out sync\n"));
+        Ok(Look::when(both, || format!("{seen:?}")))
+    })
+    .await?;
     keys.write_all(b"one\n").await?;
     for (out, err) in [(&first_out, &first_err), (&second_out, &second_err)] {
         out.wait_for(&node, "out one\n").await?;
