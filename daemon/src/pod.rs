@@ -386,6 +386,16 @@ impl Pod {
         }
     }
 
+    /// The same; `None`: it is dead, or was found dead while it was being reached, and there is nothing to
+    /// ask it.
+    async fn shim(&self) -> Result<Option<client::Client>, Error> {
+        match self.client().await {
+            Ok(client) => Ok(Some(client)),
+            Err(Error::PodNotReady(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The shim after this connection to it broke: the same one, or one that took over.
     async fn client_after(&self, broken: &client::Client) -> Result<client::Client, Error> {
         if self.view().record.foreign.is_some() {

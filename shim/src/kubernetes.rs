@@ -168,7 +168,7 @@ pub(crate) fn make_files(bundle: &Bundle, options: &PodOptions) -> io::Result<()
     write(&bundle.hostname(), format!("{name}\n").as_bytes())?;
     write(&bundle.hosts(), &node("/etc/hosts")?)?;
     match &files.dns {
-        Some(dns) => write(&bundle.resolv_conf(), resolver(dns).as_bytes())?,
+        Some(dns) => write(&bundle.resolv_conf(), dns.resolv_conf().as_bytes())?,
         None => write(&bundle.resolv_conf(), &node("/etc/resolv.conf")?)?,
     }
     if options.ipc {
@@ -185,21 +185,6 @@ fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     use std::os::unix::fs::PermissionsExt as _;
     replace(path, bytes, false)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o644))
-}
-
-/// resolv.conf(5).
-fn resolver(dns: &Dns) -> String {
-    let mut text = String::new();
-    if !dns.searches.is_empty() {
-        text.push_str(&format!("search {}\n", dns.searches.join(" ")));
-    }
-    for server in &dns.servers {
-        text.push_str(&format!("nameserver {server}\n"));
-    }
-    if !dns.options.is_empty() {
-        text.push_str(&format!("options {}\n", dns.options.join(" ")));
-    }
-    text
 }
 
 /// Unmounts what [`make_files`] has mounted. May be repeated.
@@ -267,7 +252,7 @@ mod tests {
         assert_eq!(options.cgroup.as_deref(), Some("/kubepods"));
         assert!(options.ipc && options.uts && options.pid && options.init && !options.net);
         let dns = options.files.unwrap().dns.unwrap();
-        assert_eq!(resolver(&dns), "search a.b\nnameserver 10.0.0.1\noptions ndots:2\n");
+        assert_eq!(dns.resolv_conf(), "search a.b\nnameserver 10.0.0.1\noptions ndots:2\n");
         assert!(pod(&[0x12, 9, b'x']).is_err());
         assert_eq!(config_path(&field(2, b"/etc/kata.toml")).unwrap(), "/etc/kata.toml");
     }

@@ -66,8 +66,25 @@ pub struct Dns {
     pub servers: Vec<String>,
     /// Domains that short names are looked up in.
     pub searches: Vec<String>,
-    /// Options of the resolver.
+    /// Options of the resolver ("ndots:5").
     pub options: Vec<String>,
+}
+
+impl Dns {
+    /// The text of the file.
+    pub fn resolv_conf(&self) -> String {
+        let mut text = String::new();
+        if !self.searches.is_empty() {
+            text.push_str(&format!("search {}\n", self.searches.join(" ")));
+        }
+        for server in &self.servers {
+            text.push_str(&format!("nameserver {server}\n"));
+        }
+        if !self.options.is_empty() {
+            text.push_str(&format!("options {}\n", self.options.join(" ")));
+        }
+        text
+    }
 }
 
 /// Mappings of a user namespace.

@@ -5,6 +5,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+pub use holdfast_shim::options::Dns;
 use serde::{Deserialize, Serialize};
 
 use crate::id::PodId;
@@ -116,18 +117,6 @@ pub struct PodSecurity {
     pub seccomp: Option<Profile>,
     /// AppArmor of the pod.
     pub apparmor: Option<Profile>,
-}
-
-/// resolv.conf.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Dns {
-    /// Name servers.
-    pub servers: Vec<String>,
-    /// Search domains.
-    pub searches: Vec<String>,
-    /// Options ("ndots:5").
-    pub options: Vec<String>,
 }
 
 /// A host port.

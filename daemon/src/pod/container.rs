@@ -657,11 +657,7 @@ pub(super) type Shim<'a> = (&'a Pod, Client);
 /// The same, once the shim is reached: a container's end may be told before that, and the shim must not
 /// keep what is taken away then. `None`: there is no shim.
 async fn reached(pod: &Pod) -> Result<Option<Shim<'_>>, Error> {
-    match pod.client().await {
-        Ok(client) => Ok(Some((pod, client))),
-        Err(Error::PodNotReady(_)) => Ok(None),
-        Err(error) => Err(error),
-    }
+    Ok(pod.shim().await?.map(|client| (pod, client)))
 }
 
 /// See [`reap`]. May be repeated.

@@ -19,7 +19,7 @@ use tracing::warn;
 
 use super::{
     Error, Pod, Services,
-    config::{IdMapping, PidMode, PodConfig},
+    config::{Dns, IdMapping, PidMode, PodConfig},
     container, foreign, io_at, leftover, nri,
     task::Effect,
     volumes,
@@ -217,21 +217,7 @@ fn make_files(bundle: &Bundle, config: &PodConfig) -> Result<(), Error> {
     let hosts = if host_network { node_file("/etc/hosts") } else { String::new() };
     write(&bundle.hosts(), &hosts)?;
     let resolv = match &config.dns {
-        Some(dns)
-            if !(dns.servers.is_empty() && dns.searches.is_empty() && dns.options.is_empty()) =>
-        {
-            let mut text = String::new();
-            if !dns.searches.is_empty() {
-                text.push_str(&format!("search {}\n", dns.searches.join(" ")));
-            }
-            for server in &dns.servers {
-                text.push_str(&format!("nameserver {server}\n"));
-            }
-            if !dns.options.is_empty() {
-                text.push_str(&format!("options {}\n", dns.options.join(" ")));
-            }
-            text
-        }
+        Some(dns) if *dns != Dns::default() => dns.resolv_conf(),
         _ => node_file("/etc/resolv.conf"),
     };
     write(&bundle.resolv_conf(), &resolv)?;
@@ -270,12 +256,7 @@ pub(super) async fn stop(services: Arc<Services>, pod: Pod) -> Result<Effect, Er
     let view = pod.view();
     // The shim may be gone for good, or not be reached again yet: what the kernel has is then dealt
     // with by the tear-down.
-    let mut client = match pod.client().await {
-        Ok(client) => Some(client),
-        // Dead, or found dead while it was being reached: there is nothing to ask it.
-        Err(Error::PodNotReady(_)) => None,
-        Err(error) => return Err(error),
-    };
+    let mut client = pod.shim().await?;
     if let Some(first) = &client {
         let stops = view
             .containers
