@@ -187,15 +187,8 @@ impl Store {
     pub async fn copy_missing(&self) -> Result<(), Error> {
         let uncopied = self.opening.uncopied.clone();
         let put_bundle = |id: String, of: fn(&Connection, &str) -> Result<_, Error>| {
-            let at = id.clone();
-            self.call_then(
-                move |db| of(db, &id),
-                move |copies, copy: &Option<_>| {
-                    if let Some(copy) = copy {
-                        copies.put_bundle(&at, copy);
-                    }
-                },
-            )
+            let then = Copies::put(id.clone());
+            self.call_then(move |db| of(db, &id), then)
         };
         for id in uncopied.pods {
             put_bundle(id, copies::of_pod).await?;

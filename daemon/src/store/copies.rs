@@ -104,7 +104,7 @@ impl Copies {
     }
 
     /// Writes a pod's or container's; not where there is no bundle: what it is about is gone.
-    pub(super) fn put_bundle(&self, id: &str, copy: &BundleCopy) {
+    fn put_bundle(&self, id: &str, copy: &BundleCopy) {
         let path = self.bundle(id);
         let written = serde_json::to_vec(copy)
             .map_err(io::Error::from)
@@ -116,6 +116,15 @@ impl Copies {
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => not_written(&path, &error),
+        }
+    }
+
+    /// [`Copies::put_bundle`], for when a commit has gone well; of what has no copy, nothing.
+    pub(super) fn put(id: String) -> impl FnOnce(&Self, &Option<BundleCopy>) + Send + 'static {
+        move |copies, copy| {
+            if let Some(copy) = copy {
+                copies.put_bundle(&id, copy);
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{
     Error, Store,
-    copies::{self, BundleCopy, Copies},
+    copies::{self, Copies},
 };
 use crate::{
     config::ForeignHandler,
@@ -160,7 +160,7 @@ impl Store {
     /// Writes a pod's record.
     pub async fn put_pod(&self, record: &PodRecord) -> Result<(), Error> {
         let (id, text) = (record.id.to_string(), to_json(record.id.as_str(), record)?);
-        let at = id.clone();
+        let then = Copies::put(id.clone());
         let job = move |db: &Connection| {
             db.prepare_cached(
                 "INSERT INTO pods (id, record) VALUES (?1, ?2)
@@ -169,19 +169,14 @@ impl Store {
             .execute(params![id, text])?;
             copies::of_pod(db, &id)
         };
-        let copy = move |copies: &Copies, copy: &Option<BundleCopy>| {
-            if let Some(copy) = copy {
-                copies.put_bundle(&at, copy);
-            }
-        };
-        self.call_then(job, copy).await.map(drop)
+        self.call_then(job, then).await.map(drop)
     }
 
     /// Writes a container's record.
     pub async fn put_container(&self, record: &ContainerRecord) -> Result<(), Error> {
         let (id, pod) = (record.id.to_string(), record.pod.to_string());
         let text = to_json(&id, record)?;
-        let at = id.clone();
+        let then = Copies::put(id.clone());
         let job = move |db: &Connection| {
             db.prepare_cached(
                 "INSERT INTO containers (id, pod, record) VALUES (?1, ?2, ?3)
@@ -190,12 +185,7 @@ impl Store {
             .execute(params![id, pod, text])?;
             copies::of_container(db, &id)
         };
-        let copy = move |copies: &Copies, copy: &Option<BundleCopy>| {
-            if let Some(copy) = copy {
-                copies.put_bundle(&at, copy);
-            }
-        };
-        self.call_then(job, copy).await.map(drop)
+        self.call_then(job, then).await.map(drop)
     }
 
     /// Forgets a container.
