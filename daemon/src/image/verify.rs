@@ -53,8 +53,8 @@ enum Read {
     Whole,
     /// An earlier release unpacked it, and kept nothing to compare it with.
     Unknown,
-    Damaged(recipe::Error),
-    DamagedIo(io::Error),
+    /// Why.
+    Damaged(String),
     /// The daemon ends.
     Broken,
 }
@@ -95,12 +95,7 @@ impl Images {
             match read.await.unwrap_or(Read::Broken) {
                 Read::Whole => {}
                 Read::Unknown => info!(?layer, "a layer cannot be verified: it has no recipe"),
-                Read::Damaged(source) => {
-                    lost.extend(self.drop_damaged(&layer, chain(&source)).await)
-                }
-                Read::DamagedIo(source) => {
-                    lost.extend(self.drop_damaged(&layer, chain(&source)).await);
-                }
+                Read::Damaged(why) => lost.extend(self.drop_damaged(&layer, why).await),
                 Read::Broken => return false,
             }
         }
@@ -224,7 +219,7 @@ fn look(layer: &Layer, stop: &CancellationToken) -> Read {
     let mut archive = match layer.archive() {
         Ok(archive) => archive,
         Err(recipe::Error::None(_)) => return Read::Unknown,
-        Err(error) => return Read::Damaged(error),
+        Err(error) => return Read::Damaged(chain(&error)),
     };
     loop {
         if stop.is_cancelled() {
@@ -233,7 +228,7 @@ fn look(layer: &Layer, stop: &CancellationToken) -> Read {
         match io::copy(&mut (&mut archive).take(STEP), &mut io::sink()) {
             Ok(0) => return Read::Whole,
             Ok(_) => {}
-            Err(error) => return Read::DamagedIo(error),
+            Err(error) => return Read::Damaged(chain(&error)),
         }
     }
 }
