@@ -494,6 +494,16 @@ impl Container {
         .await
     }
 
+    /// Waits for its end, which must be with this code.
+    ///
+    /// # Errors
+    /// As [`Container::wait`]; it ended otherwise.
+    pub async fn ends_with(&self, code: i32) -> Result<()> {
+        let status = self.wait().await?;
+        ensure!(status.exit_code == code, "not {code}: {status:?}");
+        Ok(())
+    }
+
     /// Path of its log.
     pub fn log_path(&self) -> &Path {
         &self.log

@@ -58,12 +58,6 @@ async fn pid_inside(container: &Container) -> Result<String> {
     container.sh("grep NSpid /proc/1/status; cat /proc/1/stat | cut -d' ' -f22").await
 }
 
-async fn ends_with(container: &Container, code: i32) -> Result<()> {
-    let status = container.wait().await?;
-    ensure!(status.exit_code == code, "{status:?}");
-    Ok(())
-}
-
 async fn a_killed_shim_takes_nothing_with_it(runtime: &str) -> Result<()> {
     let (node, image) = with_busybox(runtime).await?;
     let baseline = node.inventory();
@@ -94,7 +88,7 @@ async fn a_killed_shim_takes_nothing_with_it(runtime: &str) -> Result<()> {
         .await?;
     let created = pod.container(&image).name("created").sh("exit 6").create().await?;
     let exited = pod.container(&image).name("exited").sh("exit 5").start().await?;
-    ends_with(&exited, 5).await?;
+    exited.ends_with(5).await?;
     let before = (writer.status().await?, exited.status().await?);
     writer.wait_for_log("line 100").await?;
 
@@ -136,12 +130,12 @@ async fn a_killed_shim_takes_nothing_with_it(runtime: &str) -> Result<()> {
         // The end of the input gets through, so nobody keeps it open.
         input.close_stdin().await?;
     }
-    ends_with(&terminal, 8).await?;
+    terminal.ends_with(8).await?;
     assert!(reader.is_running().await?, "others may attach");
     created.start().await?;
-    ends_with(&created, 6).await?;
+    created.ends_with(6).await?;
     writer.stop(10).await?;
-    ends_with(&writer, 9).await?;
+    writer.ends_with(9).await?;
     pod.stop().await?;
     pod.remove().await?;
     node.nothing_left_since(&baseline).await?;
@@ -229,7 +223,7 @@ async fn what_ends_while_no_shim_is_there_ends_truly() -> Result<()> {
     tested?;
     let exec = exec.with_context(|| node.daemon_log(40))?;
     ensure!(exec.exit_code == 44 && exec.stdout == b"done\n", "{exec:?}");
-    ends_with(&code, 42).await?;
+    code.ends_with(42).await?;
     let words: Vec<_> = code.log()?.into_iter().map(|line| line.text).collect();
     assert_eq!(words, ["ready", "last words"], "what nobody had read yet is in the log");
     let status = oom.wait().await?;
@@ -417,7 +411,7 @@ async fn running_shims_get_new_code(runtime: &str) -> Result<()> {
         .await?;
     let created = pod.container(&image).name("created").sh("exit 6").create().await?;
     let exited = pod.container(&image).name("exited").sh("exit 5").start().await?;
-    ends_with(&exited, 5).await?;
+    exited.ends_with(5).await?;
     terminal.wait_for_log("ready").await?;
     writer.wait_for_log("line 1000").await?;
     let before = writer.status().await?;
@@ -467,9 +461,9 @@ async fn running_shims_get_new_code(runtime: &str) -> Result<()> {
     drop(to_slow);
     drop(_of_slow);
     created.start().await?;
-    ends_with(&created, 6).await?;
+    created.ends_with(6).await?;
     writer.stop(10).await?;
-    ends_with(&writer, 9).await?;
+    writer.ends_with(9).await?;
     let count = log::numbered(&writer.log()?)?;
     println!("{count} lines, all there");
     pod.stop().await?;

@@ -82,7 +82,7 @@ impl Story {
             .await?;
         let created = pod.container(&image).name("created").sh("exit 6").create().await?;
         let exited = pod.container(&image).name("exited").sh("exit 5").start().await?;
-        ends_with(&exited, 5).await?;
+        exited.ends_with(5).await?;
         writer.wait_for_log("line 1000").await?;
         terminal.wait_for_log("ready").await?;
         let ip = pod.ip().await?;
@@ -154,7 +154,7 @@ impl Story {
             node.install(program)?;
         }
         node.restart().await?;
-        ends_with(&ends, 40 + round as i32).await?;
+        ends.ends_with(40 + round as i32).await?;
         ends.remove().await?;
         Ok(())
     }
@@ -225,7 +225,7 @@ impl Story {
         node.cri().runtime().reopen_container_log(request).await?;
         container.wait_for_log("more").await?;
         container.stop(10).await?;
-        ends_with(&container, 21).await?;
+        container.ends_with(21).await?;
         container.remove().await?;
 
         let oom = pod
@@ -247,12 +247,12 @@ impl Story {
     /// The end: nothing was lost, and nothing is left.
     async fn ends(self, node: Node) -> Result<()> {
         self.created.start().await?;
-        ends_with(&self.created, 6).await?;
+        self.created.ends_with(6).await?;
         let both = Attach { stdin: true, stdout: true, stderr: false };
         let (mut input, _output) =
             self.control(&node).attach(&self.terminal.id, both).await?.split();
         input.close_stdin().await?;
-        ends_with(&self.terminal, 8).await?;
+        self.terminal.ends_with(8).await?;
         self.reader.stop(0).await?;
         let answers: Vec<_> = self.reader.log()?.into_iter().map(|line| line.text).collect();
         // One line, begun before all that happened. Of the end of a line a shim that dies takes with it
@@ -266,7 +266,7 @@ impl Story {
             "{answers:?}"
         );
         self.writer.stop(10).await?;
-        ends_with(&self.writer, 9).await?;
+        self.writer.ends_with(9).await?;
         let count = log::numbered(&self.writer.log()?)?;
         println!("{count} lines of the writer, all there");
         self.pod.stop().await?;
@@ -297,12 +297,6 @@ async fn says(input: &mut AttachInput, output: &mut AttachOutput, word: &str) ->
             other => bail!("{other:?} after {:?}", String::from_utf8_lossy(&seen)),
         }
     }
-    Ok(())
-}
-
-async fn ends_with(container: &Container, code: i32) -> Result<()> {
-    let status = container.wait().await?;
-    ensure!(status.exit_code == code, "not {code}: {status:?}");
     Ok(())
 }
 
