@@ -482,6 +482,11 @@ async fn who_ended_before_anybody_knew_of_its_start_has_both_its_times() -> Resu
         Ok(Look::when(written.contains("pid"), || written))
     })
     .await?;
+    // Its connections break before it is a zombie.
+    eventually(STEP, "the daemon to be dead", async || {
+        Ok(Look::when(node.has_ended()?, || "it is not".into()))
+    })
+    .await?;
     node.revive().await?;
     let status = eventually(STEP, "the end to be known", async || {
         let status = match brief.status().await {
