@@ -16,8 +16,7 @@ use tonic::Code;
 use super::{
     Client, Hint,
     args::{Import, Pull, Registry, Rmi},
-    client,
-    find,
+    client, find,
     progress::{Layer, Progress},
     remove, wire,
 };
