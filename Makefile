@@ -151,14 +151,17 @@ previous: ## the daemon and the shim of integration/previous-release, for the te
 .PHONY: test
 test: root deps lint test-bins previous ## everything: lints, unit tests and the tests with real runtimes (root)
 	@$(give_back); export HOLDFAST_BIN_DIR=$(TEST_BIN); status=0; \
+	rm -f $(addprefix $(TEST_BIN)/,conformance.md gvisor-kvm-missing output); \
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
 	  { $(CARGO) test --locked --workspace --doc $(TEST_FEATURES) && \
-	    $(CARGO) nextest run --locked --workspace --no-fail-fast $(TEST_FEATURES) $(TESTS); } || status=$$?; \
+	    $(CARGO) nextest run --locked --workspace --no-fail-fast $(TEST_FEATURES) $(TESTS) 2>&1 | tee $(TEST_BIN)/output; } || status=$$?; \
 	else \
 	  $(CARGO) test --locked --workspace --no-fail-fast $(TEST_FEATURES) $(if $(TESTS),-- $(TESTS)) || status=$$?; \
 	fi; \
 	if [ -e $(TEST_BIN)/conformance.md ]; then echo; cat $(TEST_BIN)/conformance.md; fi; \
-	$(say_what_was_not_run); exit $$status
+	$(say_what_was_not_run); \
+	: the end is what the runner sums up; \
+	if [ -e $(TEST_BIN)/output ]; then echo; sed -n '/Summary.* \[/,$$p' $(TEST_BIN)/output; fi; exit $$status
 
 # Seconds that a storm lasts; crash points, exits and OOM kills are at full size too.
 SOAK  ?= 600
@@ -222,7 +225,9 @@ root:
 	@[ "$$(id -u)" -eq 0 ] || { echo "this needs root: run it with sudo" >&2; exit 1; }
 
 say_what_was_not_run = if [ -e $(TEST_BIN)/previous/missing ]; then \
-	  printf '\n%s\n' "VERSION SKEW WAS NOT TESTED (integration/tests/skew.rs): $$(cat $(TEST_BIN)/previous/missing)"; fi
+	  printf '\n%s\n' "VERSION SKEW WAS NOT TESTED (integration/tests/skew.rs): $$(cat $(TEST_BIN)/previous/missing)"; fi; \
+	if [ -e $(TEST_BIN)/gvisor-kvm-missing ]; then \
+	  printf '\n%s\n' "GVISOR ON KVM WAS NOT TESTED (integration/tests/gvisor.rs): $$(cat $(TEST_BIN)/gvisor-kvm-missing)"; fi
 
 # After a build by root on a user's behalf the target folder is the user's again.
 give_back = if [ -n "$${SUDO_UID:-}" ]; then trap 'chown -R "$$SUDO_UID:$${SUDO_GID:-$$SUDO_UID}" $(TARGET_DIR)' EXIT; fi

@@ -509,6 +509,76 @@ async fn a_pod_is_captured_as_one_and_restored_as_created_containers() -> Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn with_the_command_line_tool_alone() -> Result<()> {
+    let mut node = Node::builder().fake_criu().start().await?;
+    let image = node.busybox().await?;
+    let pod = node.pod("a").host_network().run().await?;
+    let container = pod.container(&image).sh(COUNT).start().await?;
+    container.wait_for_log("up").await?;
+    container.sh("echo changed > /etc/motd").await?;
+    let out = node.path().join("out");
+    fs::create_dir(&out)?;
+    let archive = out.join("c.tar").display().to_string();
+    let says = |args: &[&str], text: &str| -> Result<()> {
+        let error = node.cli(args).err().with_context(|| format!("{args:?} went well"))?;
+        ensure!(error.to_string().contains(text), "{error}");
+        Ok(())
+    };
+
+    // A container by its id, and by the name of the pod that has no other.
+    for name in [container.id.as_str(), "a"] {
+        node.cli(&["checkpoint", "--export", &archive, name])?;
+        goes_on(&container).await?;
+        ensure!(files(Path::new(&archive))?.contains_key("checkpoint/pages-1.img"), "no images");
+        fs::rename(&archive, out.join("kept.tar"))?;
+    }
+    // What goes wrong is told, nobody stands still for it, and no file is there.
+    node.gated_runtime().fail("checkpoint", "no room in the ark")?;
+    says(&["checkpoint", "--export", &archive, "a"], "no room in the ark")?;
+    node.gated_runtime().release()?;
+    goes_on(&container).await?;
+    says(&["checkpoint", "--export", &archive, "nobody"], "nobody")?;
+    says(&["checkpoint", "--export", "/not/there/c.tar", "a"], "/not/there")?;
+    nothing_beside(&out, &["kept.tar"])?;
+
+    // A whole pod, to a directory that is not there yet.
+    let dir = node.path().join("whole").display().to_string();
+    node.cli(&["checkpoint", "--pod", "--export", &dir, "a"])?;
+    nothing_beside(
+        Path::new(&dir),
+        &[&format!("{}.tar", container.id), "pod.dump", "pod.options"],
+    )?;
+    says(&["checkpoint", "--pod", "--export", &dir, "a"], "not empty")?;
+    no_stages(&node)?;
+
+    // Run again, from the archive in an image's place.
+    let before = node.pods().await?.len();
+    let logs = node.path().join("cli-logs").display().to_string();
+    // The script in criu's place runs the command that is given; criu itself would go on with the old one.
+    let flags = ["run", "-d", "--net", "host", "--name", "again", "--log-dir", &logs];
+    let command = ["sh", "-c", COUNT];
+    let kept = out.join("kept.tar").display().to_string();
+    let id = node.cli(&[&flags[..], &[&kept], &command].concat())?;
+    assert_eq!(node.cli(&["exec", "again", "cat", "/etc/motd"])?, "changed\n");
+    let count = || node.cli(&["exec", "again", "cat", "/count"]);
+    let first = count()?;
+    holdfast_integration::eventually(Duration::from_secs(10), "the counter to move", async || {
+        let now = count()?;
+        Ok(Look::when(now != first, || now.clone()))
+    })
+    .await?;
+    node.cli(&["rm", "-f", id.trim()])?;
+    // What is no checkpoint leaves no pod.
+    let text = out.join("text").display().to_string();
+    fs::write(&text, "no archive at all")?;
+    says(&[&flags[..], &[&text], &command].concat(), "checkpoint")?;
+    says(&[&flags[..], &["/not/there.tar"], &command].concat(), "/not/there.tar")?;
+    assert_eq!(node.pods().await?.len(), before, "a pod is left");
+    no_stages(&node)?;
+    node.finish().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_that_is_killed_in_the_middle_leaves_nobody_frozen() -> Result<()> {
     let mut node = Node::builder().fake_criu().start().await?;
     let image = node.busybox().await?;
