@@ -45,6 +45,8 @@ mod kubernetes;
 #[cfg(feature = "server")]
 mod log;
 #[cfg(feature = "server")]
+mod mapped;
+#[cfg(feature = "server")]
 mod mounts;
 #[cfg(feature = "server")]
 mod namespaces;
