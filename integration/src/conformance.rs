@@ -91,6 +91,7 @@ cases! {
     "Pause and Resume" => pause,
     "Pids" => pids,
     "Stats" => stats,
+    "a root of layers with mapped owners (uidmap, gidmap), for a user namespace" => mapped_layers,
     "Update" => update,
     "events: create, start, exit, delete, in that order" => event_order,
     "a stopped container is known until Delete" => known_until_delete,
@@ -637,6 +638,67 @@ async fn stats(bench: Arc<Bench>) -> Result<()> {
     let (client, _, _out) = bench.run("c1", "sleep 1000").await?;
     let any = client.stats("c1").await?;
     ensure!(any.type_url.ends_with("Metrics") && !any.value.is_empty(), "{any:?}");
+    Ok(())
+}
+
+/// As containerd 2.x asks for it: layers are mapped, what is written has the owner it is shown with.
+async fn mapped_layers(bench: Arc<Bench>) -> Result<()> {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+    const ROOT: u32 = 100_000;
+    let script = "busybox stat -c %u:%g /mine /theirs; echo made > /made; exec sleep 1000";
+    let container = bench.write("c1", script)?;
+    let at = |name: &str| bench.ground.path().join(name);
+    for dir in ["upper", "work", "top"] {
+        fs::create_dir(at(dir))?;
+    }
+    for (name, owner, group) in [("mine", 0, 0), ("theirs", 7, 8)] {
+        fs::write(at("top").join(name), name)?;
+        chown(at("top").join(name), Some(owner), Some(group))?;
+    }
+    chown(at("upper"), Some(ROOT), Some(ROOT))?;
+    let rootfs = container.bundle.rootfs();
+    for dir in rootfs.ancestors().take_while(|dir| dir.starts_with(bench.ground.path())) {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o711))?;
+    }
+    let mut spec: serde_json::Value =
+        serde_json::from_slice(&fs::read(container.bundle.config())?)?;
+    let ids = json!([{"containerID": 0, "hostID": ROOT, "size": 65536}]);
+    spec["root"]["path"] = json!(rootfs);
+    spec["linux"]["uidMappings"] = ids.clone();
+    spec["linux"]["gidMappings"] = ids;
+    let namespaces = spec["linux"]["namespaces"].as_array_mut().context("namespaces")?;
+    namespaces.push(json!({"type": "user"}));
+    fs::write(container.bundle.config(), serde_json::to_vec(&spec)?)?;
+
+    let mut task = bench.task(&container);
+    let mut overlay = holdfast_protos::shim::types::mount::Mount::new();
+    overlay.type_ = "overlay".into();
+    overlay.source = "overlay".into();
+    overlay.options = vec![
+        format!("uidmap=0:{ROOT}:65536"),
+        format!("gidmap=0:{ROOT}:65536"),
+        format!("workdir={}", at("work").display()),
+        format!("upperdir={}", at("upper").display()),
+        format!("lowerdir={}:{}", at("top").display(), at("rootfs").display()),
+    ];
+    task.rootfs.push(overlay);
+    let (out, _err) = container.read()?;
+    let (client, _) = bench.start(&container).await?;
+    client.create(task).await.context("create")?;
+    client.start("c1", "").await.context("start")?;
+    out.is(|text| text == "0:0\n7:8\n").await?;
+    let made = at("upper/made");
+    eventually(DEADLINE, "the file", async || {
+        Ok(Look::when(made.exists(), || "it is not there".into()))
+    })
+    .await?;
+    let owner = fs::metadata(&made)?.uid();
+    ensure!(owner == ROOT, "what the container made belongs to {owner} on disk");
+    client.kill("c1", "", libc::SIGKILL as u32, true).await?;
+    bench.ended(&client, "c1").await?;
+    client.delete("c1", "").await?;
+    let left = bench.ground.mounts();
+    ensure!(left.is_empty(), "mounts are left: {left:?}");
     Ok(())
 }
 

@@ -19,18 +19,23 @@ use hyper::StatusCode;
 async fn a_proxy_that_cuts_connections_costs_few_more_bytes() -> Result<()> {
     let node = Node::start().await?;
     let registry = Registry::start().await?;
-    // 120 MB that do not compress, through a proxy that ends each connection after 20 MB.
+    // 500 MB that do not compress, through a proxy that ends each connection after 20 MB.
     let image =
-        Image::empty().compression(Compression::Plain).random_layers(1, 120_000_000).build()?;
+        Image::empty().compression(Compression::Plain).random_layers(1, 500_000_000).build()?;
     registry.push("cut/image:1", &image).await?;
     let size: u64 = image.blobs().map(|blob| blob.content.len() as u64).sum();
     let proxy = Cutting::start(registry.host(), 20_000_000).await?;
     let reference = format!("{}/cut/image:1", proxy.host());
     node.pull(&reference).await.with_context(|| node.daemon_log(40))?;
     assert_eq!(node.image(&reference).await?.context("it was pulled")?.id, image.id());
-    ensure!(proxy.cuts() >= 5, "it cut {} connections", proxy.cuts());
-    let most = size + size / 20;
-    ensure!(proxy.sent() <= most, "{} bytes for {size}", proxy.sent());
+    ensure!(proxy.cuts() >= 24, "it cut {} connections", proxy.cuts());
+    let (sent, most) = (proxy.sent(), size + size / 20);
+    eprintln!(
+        "{} connections cut, {sent} bytes for {size}: {:.3} % more",
+        proxy.cuts(),
+        (sent as f64 / size as f64 - 1.0) * 100.0
+    );
+    ensure!(sent <= most, "{sent} bytes for {size}");
     node.finish().await
 }
 

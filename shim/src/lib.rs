@@ -45,6 +45,8 @@ mod kubernetes;
 #[cfg(feature = "server")]
 mod log;
 #[cfg(feature = "server")]
+mod mapped;
+#[cfg(feature = "server")]
 mod memory;
 #[cfg(feature = "server")]
 mod mounts;

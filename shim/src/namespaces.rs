@@ -293,7 +293,7 @@ fn place(pid: u32, cgroup: &str) -> io::Result<()> {
     parent.make_child(INIT_CGROUP)?.add(pid)
 }
 
-fn map(pid: u32, user: &UserMappings) -> io::Result<()> {
+pub(crate) fn map(pid: u32, user: &UserMappings) -> io::Result<()> {
     let text = |maps: &[IdMap]| {
         maps.iter()
             .map(|map| format!("{} {} {}\n", map.container_id, map.host_id, map.length))
@@ -343,7 +343,7 @@ fn fork(plan: &Plan<'_>, wire: UnixStream, reaper: &Arc<Reaper>) -> Result<Owned
 /// Closes what the helper has of the shim's: its end of the wire, whose end would not be seen, and its
 /// sockets, where a shim that has died would seem to answer for as long as the helper lives.
 #[expect(unsafe_code, reason = "close_range(2)")]
-fn close_all_but(kept: i32) {
+pub(crate) fn close_all_but(kept: i32) {
     let kept = kept.unsigned_abs();
     for (first, last) in [(3, kept - 1), (kept + 1, libc::c_uint::MAX)] {
         if first <= last {

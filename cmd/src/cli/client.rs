@@ -235,10 +235,22 @@ impl StdError for Answer {}
 
 /// The daemon's code of an error, if it is an answer of the daemon.
 pub(super) fn code(error: &anyhow::Error) -> Option<Code> {
+    answer(error).map(|answer| answer.code)
+}
+
+fn answer(error: &anyhow::Error) -> Option<&Answer> {
     error.chain().find_map(|cause| {
         let answer = cause.downcast_ref::<Answer>();
-        answer.or_else(|| cause.downcast_ref::<Hint>()?.error.downcast_ref()).map(|a| a.code)
+        answer.or_else(|| cause.downcast_ref::<Hint>()?.error.downcast_ref())
     })
+}
+
+/// Says of what an error is (`verb` and `what`), if the daemon's answer does not say it by itself.
+pub(super) fn during(error: anyhow::Error, verb: &str, what: &str) -> anyhow::Error {
+    let says_it = answer(&error).is_some_and(|answer| {
+        answer.message.strip_prefix(verb).is_some_and(|rest| rest.starts_with(' '))
+    });
+    if says_it { error } else { error.context(format!("{verb} {what}")) }
 }
 
 /// An error, and what to do about it.
@@ -300,5 +312,21 @@ mod tests {
             assert_eq!(format!("{error:#}"), "pull x: no");
         }
         assert_eq!(code(&anyhow!("x")), None);
+    }
+
+    #[test]
+    fn what_an_error_is_of_is_said_once() {
+        // The second has a hint.
+        for code in [Code::NotFound, Code::ResourceExhausted] {
+            for (answer, said) in [
+                ("pull reg/x:1: no such tag", "pull reg/x:1: no such tag"),
+                ("\"X\" is no reference", "pull x: \"X\" is no reference"),
+                ("pulls are off", "pull x: pulls are off"),
+            ] {
+                let error = status_error(Status::new(code, answer), Path::new("/s"));
+                assert_eq!(format!("{:#}", during(error, "pull", "x")), said);
+            }
+        }
+        assert_eq!(format!("{:#}", during(anyhow!("cut"), "pull", "x")), "pull x: cut");
     }
 }

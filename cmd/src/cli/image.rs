@@ -16,7 +16,7 @@ use tonic::Code;
 use super::{
     Client, Hint,
     args::{Import, Pull, Registry, Rmi},
-    find,
+    client, find,
     progress::{Layer, Progress},
     remove, wire,
 };
@@ -88,7 +88,7 @@ pub(super) async fn pull_image(
             progress.finish(false);
             bail!("pull {reference}: the daemon ended the pull without a result")
         }
-        Err(error) if super::client::code(&error) == Some(Code::Unimplemented) => {
+        Err(error) if client::code(&error) == Some(Code::Unimplemented) => {
             progress.finish(false);
             if !platform.is_empty() {
                 return Err(error.context("--platform needs holdfastd's own service"));
@@ -97,7 +97,7 @@ pub(super) async fn pull_image(
         }
         Err(error) => {
             progress.finish(false);
-            Err(error.context(format!("pull {reference}")))
+            Err(client::during(error, "pull", reference))
         }
     }
 }
@@ -117,7 +117,7 @@ async fn pull_by_cri(
     let request = cri::PullImageRequest { image: Some(image), auth, sandbox_config: None };
     let mut images = client.images.clone();
     let pulled = client.long(images.pull_image(request)).await;
-    Ok(pulled.with_context(|| format!("pull {reference}"))?.image_ref)
+    Ok(pulled.map_err(|error| client::during(error, "pull", reference))?.image_ref)
 }
 
 /// From the command line, the environment or stdin.
@@ -166,8 +166,8 @@ async fn remove_one(client: &mut Client, name: &str) -> Result<()> {
     let mut service = client.admin_images.clone();
     let request = images::RemoveRequest { image: name.to_owned() };
     match client.slow(service.remove(request)).await {
-        Err(error) if super::client::code(&error) == Some(Code::Unimplemented) => {}
-        Err(error) if super::client::code(&error) == Some(Code::NotFound) => {
+        Err(error) if client::code(&error) == Some(Code::Unimplemented) => {}
+        Err(error) if client::code(&error) == Some(Code::NotFound) => {
             // With what is spelt alike.
             find::image(client, name).await?;
             return Err(error);

@@ -12,6 +12,7 @@ use holdfast_protos::images as wire;
 use super::{
     Client,
     args::{ArchiveFormat, Commit, Prune, Push, Save, Tag},
+    client,
     find::All,
     image,
     progress::{Layer, Progress},
@@ -43,7 +44,7 @@ pub(super) async fn push(client: &mut Client, args: Push) -> Result<u8> {
     let result = client.long(push).await;
     progress.finish(matches!(result, Ok(Some(_))));
     let what = if args.name.is_empty() { &args.image } else { &args.name };
-    match result.with_context(|| format!("push {what}"))? {
+    match result.map_err(|error| client::during(error, "push", what))? {
         Some((_, digest)) => output::write(&format!("{digest}\n"))?,
         None => bail!("push {what}: the daemon ended the push without a result"),
     }

@@ -11,13 +11,17 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use futures::future::try_join_all;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use super::{
-    Plan, Side, millis, progress,
+    Plan, Side, cpu, millis, progress,
     samples::{
-        HOLDFAST, PULL_40, PULL_40_ZSTD, PULL_FETCHED, PULL_MEMORY, PULL_ONE, PULL_ONE_ZSTD,
-        PULL_SHARED, PULL_TEN, PULL_TEN_AT_ONCE, PULL_TEN_ZSTD, PULL_UP_TO_DATE, PULL_WRITTEN,
-        Samples,
+        FLOOR, HOLDFAST, PULL_40, PULL_40_ZSTD, PULL_FETCHED, PULL_MEMORY, PULL_ONE, PULL_ONE_ZSTD,
+        PULL_SHARED, PULL_TEN, PULL_TEN_AT_ONCE, PULL_TEN_CPU, PULL_TEN_ZSTD, PULL_TEN_ZSTD_CPU,
+        PULL_UP_TO_DATE, PULL_WRITTEN, Samples,
     },
 };
 use crate::{
@@ -39,10 +43,17 @@ pub const PULLED: [&str; 8] =
 /// An image in the registry.
 struct Pushed {
     reference: String,
-    /// The path of its last layer.
-    last: String,
+    /// The paths of its layers.
+    layers: Vec<String>,
     /// Bytes of its layers' archives.
     unpacked: usize,
+}
+
+impl Pushed {
+    /// The path of its last layer.
+    fn last(&self) -> &str {
+        self.layers.last().expect("each has layers")
+    }
 }
 
 /// All of it.
@@ -73,6 +84,10 @@ pub(super) async fn run(
         let image = push(registry, name, make(1), compression).await?;
         for round in 0..rounds {
             progress(format!("{metric}: {}/{rounds}", round + 1));
+            quiet().await?;
+            let started = Instant::now();
+            download(registry, &image).await?;
+            samples.add(metric, FLOOR, millis(started));
             // Who is first takes turns too.
             for at in 0..sides.len() {
                 let side = &mut sides[(at + round) % sides.len()];
@@ -101,6 +116,29 @@ pub(super) async fn run(
             }
         }
     }
+    // What was removed last is on its way still, and whoever looks for what is left waits less long.
+    quiet().await
+}
+
+/// What no pull can be faster than: all layers to nowhere, at once, of a registry that has them in
+/// memory.
+async fn download(registry: &Registry, image: &Pushed) -> Result<()> {
+    try_join_all(image.layers.iter().map(|path| async move {
+        let mut stream = TcpStream::connect(registry.host()).await?;
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n",
+            registry.host()
+        );
+        stream.write_all(request.as_bytes()).await?;
+        let mut buffer = vec![0; 256 << 10];
+        let mut length = stream.read(&mut buffer).await?;
+        ensure!(buffer[..length].starts_with(b"HTTP/1.1 200 "), "{path} cannot be downloaded");
+        while length > 0 {
+            length = stream.read(&mut buffer).await?;
+        }
+        Ok(())
+    }))
+    .await?;
     Ok(())
 }
 
@@ -113,13 +151,22 @@ async fn measured(
     samples: &mut Samples,
 ) -> Result<()> {
     quiet().await?;
-    let before = registry.gets(&image.last).await?;
+    let before = registry.gets(image.last()).await?;
     let pid = side.daemon.pid();
     let memory = Peak::start(pid)?;
     let written = written(pid)?;
+    let worked = cpu(pid)?;
     let started = Instant::now();
     side.pull(&image.reference).await?;
     samples.add(metric, side.column, millis(started));
+    let its_cpu = match metric {
+        PULL_TEN => Some(PULL_TEN_CPU),
+        PULL_TEN_ZSTD => Some(PULL_TEN_ZSTD_CPU),
+        _ => None,
+    };
+    if let Some(metric) = its_cpu {
+        samples.add(metric, side.column, (cpu(pid)? - worked).as_secs_f64() * 1000.0);
+    }
     samples.add(PULL_MEMORY, side.column, memory.mib()?);
     let written = (self::written(pid)? - written) as f64;
     samples.add(PULL_WRITTEN, side.column, written / image.unpacked as f64);
@@ -130,7 +177,7 @@ async fn measured(
 /// Otherwise it is not a pull that was measured.
 async fn fetched(side: &Side, registry: &Registry, image: &Pushed, before: usize) -> Result<usize> {
     eventually(Duration::from_secs(5), "the registry to log the download", async || {
-        let gets = registry.gets(&image.last).await?;
+        let gets = registry.gets(image.last()).await?;
         Ok(if gets > before { Look::Done(gets - before) } else { Look::Not(format!("{gets}")) })
     })
     .await
@@ -150,7 +197,7 @@ async fn many(
     let one = millis(started);
     side.remove_image(&image.reference).await?;
     quiet().await?;
-    let before = registry.gets(&image.last).await?;
+    let before = registry.gets(image.last()).await?;
     let started = Instant::now();
     let calls = (0..10).map(|_| {
         let mut images = side.images.clone();
@@ -217,8 +264,9 @@ async fn push(
     let tag = &image.manifest.digest["sha256:".len()..][..8];
     let repository = format!("bench/{name}");
     let reference = registry.push(&format!("{repository}:{tag}"), &image).await?;
-    let last = image.layers.last().context("a layer")?;
-    Ok(Pushed { reference, last: format!("/v2/{repository}/blobs/{}", last.digest), unpacked })
+    let path = |digest: &str| format!("/v2/{repository}/blobs/{digest}");
+    let layers = image.layers.iter().map(|layer| path(&layer.digest)).collect();
+    Ok(Pushed { reference, layers, unpacked })
 }
 
 /// About `size` bytes: two thirds of them in files of megabytes, the rest in many small ones, as a

@@ -81,6 +81,10 @@ pub const PULL_ONE_ZSTD: &str = "Pull 1 layer, zstd";
 pub const PULL_40: &str = "Pull 40 layers, gzip";
 /// The same, zstd.
 pub const PULL_40_ZSTD: &str = "Pull 40 layers, zstd";
+/// The daemon's CPU time of a pull of ten layers.
+pub const PULL_TEN_CPU: &str = "- its CPU, gzip";
+/// The same, zstd.
+pub const PULL_TEN_ZSTD_CPU: &str = "- its CPU, zstd";
 /// Bytes that the daemon wrote for each byte of the layers' archives, in each of those pulls.
 pub const PULL_WRITTEN: &str = "Pull, written per byte";
 /// Growth of the daemon's resident memory to its peak during each of those pulls.
@@ -163,9 +167,11 @@ const METRICS: &[(&str, &str)] = &[
     (WATCH_METRICS, "ms"),
     (WATCH_CPU[4], "ms"),
     (PULL_TEN, "ms"),
+    (PULL_TEN_CPU, "ms"),
     (PULL_ONE, "ms"),
     (PULL_40, "ms"),
     (PULL_TEN_ZSTD, "ms"),
+    (PULL_TEN_ZSTD_CPU, "ms"),
     (PULL_ONE_ZSTD, "ms"),
     (PULL_40_ZSTD, "ms"),
     (PULL_WRITTEN, "B/B"),
