@@ -152,6 +152,74 @@ async fn a_killed_shim_takes_nothing_with_it_under_crun() -> Result<()> {
     a_killed_shim_takes_nothing_with_it("crun").await
 }
 
+/// What is read of a line that has not ended outlives the shim that read it, and is written once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_line_that_has_begun_is_whole_after_its_shim_was_killed() -> Result<()> {
+    let (node, image) = with_busybox("runc").await?;
+    let pod = node.pod("a").host_network().run().await?;
+    let go = node.path().join("go");
+    fs::create_dir(&go)?;
+    let wait = "w() { while [ ! -e /go/$1 ]; do usleep 20000; done; }";
+    let both = "both() { printf '%s' \"$1\"; printf '%s' \"$1\" >&2; }";
+    let script = format!(
+        "{wait}; {both}; echo before; echo before >&2; both first; w 1; both -second; w 2; \
+         echo -third; w 3; echo -third >&2; echo after; both last; w 4"
+    );
+    let piped = pod.container(&image).name("piped").sh(&script).mount(&go, "/go", |_| {});
+    let piped = piped.start().await?;
+    let terminal = pod
+        .container(&image)
+        .name("terminal")
+        .config(|c| c.tty = true)
+        .sh(&format!("{wait}; printf first; w 1; printf -second; w 2; echo -third; w 3; w 4"))
+        .mount(&go, "/go", |_| {});
+    let terminal = terminal.start().await?;
+    let kept = async |container: &Container, streams: &[&str], text: &str| {
+        let bundle = Bundle::new(node.path().join("state/bundles").join(&container.id));
+        on(&node, Duration::from_secs(20), "the begun lines to be kept", async || {
+            let seen: Vec<_> = bundle
+                .unfinished()
+                .iter()
+                .zip(["stdout", "stderr"])
+                .filter(|(_, name)| streams.contains(name))
+                .map(|(path, _)| {
+                    String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
+                })
+                .collect();
+            // Of a longer one before, the rest may be behind it.
+            let all = seen.iter().all(|seen| seen.contains(text));
+            Ok(Look::when(all, || format!("{seen:?}")))
+        })
+        .await
+    };
+    for (round, text) in ["first", "first-second"].into_iter().enumerate() {
+        kept(&piped, &["stdout", "stderr"], text).await?;
+        kept(&terminal, &["stdout"], text).await?;
+        kill_shim(&node, &pod).await?;
+        // Once more, with nothing new between.
+        kill_shim(&node, &pod).await?;
+        fs::write(go.join((round + 1).to_string()), "")?;
+    }
+    // The other stream's is still to come, and records of the one that has ended are behind its place.
+    piped.wait_for_log("first-second-third").await?;
+    kill_shim(&node, &pod).await?;
+    fs::write(go.join("3"), "")?;
+    piped.wait_for_log("after").await?;
+    kept(&piped, &["stdout", "stderr"], "last").await?;
+    without_a_shim(&node, &pod, async || Ok(fs::write(go.join("4"), "")?)).await?;
+    piped.ends_with(0).await?;
+    terminal.ends_with(0).await?;
+    let lines = |container: &Container, stream: &str| -> Result<Vec<String>> {
+        let lines = container.log()?.into_iter().filter(|line| line.stream == stream);
+        Ok(lines.map(|line| line.text.trim_end().to_owned()).collect())
+    };
+    let whole = ["before", "first-second-third"];
+    assert_eq!(lines(&piped, "stdout")?, [&whole[..], &["after", "last"]].concat());
+    assert_eq!(lines(&piped, "stderr")?, [&whole[..], &["last"]].concat());
+    assert_eq!(lines(&terminal, "stdout")?, ["first-second-third"]);
+    node.finish().await
+}
+
 /// The daemon is stopped for as long as `meanwhile` takes, and the pod's shim is dead in it.
 async fn without_a_shim(
     node: &Node,

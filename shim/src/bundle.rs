@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! container  config.json rootfs/ stdout stderr stdin (FIFOs) exit.json init.pid options.json
-//!            criu.conf
+//!            criu.conf stdout.unfinished stderr.unfinished
 //! pod        address shim.pid shim.json io.sock ns/{net,ipc,uts,user,pid} hostname hosts resolv.conf shm/
 //! ```
 //! Under containerd a bundle is both at once. `record.json` is the daemon's: a copy of its record.
@@ -52,6 +52,12 @@ impl Bundle {
     /// The FIFO the container writes its standard error to.
     pub fn stderr(&self) -> PathBuf {
         self.dir.join("stderr")
+    }
+
+    /// What the shim has read of a line of standard output, and of standard error, that is not in the
+    /// log yet.
+    pub fn unfinished(&self) -> [PathBuf; 2] {
+        ["stdout.unfinished", "stderr.unfinished"].map(|name| self.dir.join(name))
     }
 
     /// The FIFO the container reads its standard input from, when attach feeds it.

@@ -91,13 +91,16 @@ fn the_files_of_a_bundle_have_the_names_that_they_had() {
         bundle.hosts(),
         bundle.resolv_conf(),
         bundle.shm(),
+        bundle.unfinished()[0].clone(),
+        bundle.unfinished()[1].clone(),
     ];
     let names: Vec<_> =
         names.iter().map(|path| path.strip_prefix("/b").unwrap().to_str().unwrap()).collect();
     assert_eq!(
         names.join(" "),
         "config.json rootfs stdout stderr stdin exit.json init.pid options.json criu.conf address \
-         shim.json shim.pid log io.sock hostname hosts resolv.conf shm"
+         shim.json shim.pid log io.sock hostname hosts resolv.conf shm stdout.unfinished \
+         stderr.unfinished"
     );
     let pins = Namespace::ALL.map(|kind| bundle.namespace(kind).display().to_string());
     assert_eq!(pins, ["/b/ns/net", "/b/ns/ipc", "/b/ns/uts", "/b/ns/user", "/b/ns/pid"]);

@@ -68,3 +68,5 @@ mod runtime;
 mod server;
 #[cfg(feature = "server")]
 mod stdio;
+#[cfg(feature = "server")]
+mod unfinished;

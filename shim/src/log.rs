@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use crate::timestamp;
+use crate::{timestamp, unfinished::Unfinished};
 
 /// Longest text of a record, in bytes.
 pub(crate) const LINE_MAX: usize = 16 * 1024;
@@ -41,7 +41,7 @@ pub(crate) enum Stream {
 }
 
 impl Stream {
-    fn tag(self, whole: bool) -> &'static [u8; 10] {
+    pub(crate) fn tag(self, whole: bool) -> &'static [u8; 10] {
         match (self, whole) {
             (Stream::Stdout, true) => b" stdout F ",
             (Stream::Stdout, false) => b" stdout P ",
@@ -57,6 +57,10 @@ pub(crate) struct Log {
     file: Option<File>,
     /// Text since the last line feed, at most `LINE_MAX`: of stdout and of stderr.
     unfinished: [Vec<u8>; 2],
+    /// Where that is kept, should we be killed.
+    kept: Option<[Unfinished; 2]>,
+    /// There was output since.
+    changed: [bool; 2],
     clock: Clock,
     dropped: Dropped,
     tried: Option<Instant>,
@@ -76,6 +80,8 @@ impl Log {
             path,
             file: Some(file),
             unfinished: [Vec::new(), Vec::new()],
+            kept: None,
+            changed: [false; 2],
             clock: Clock::default(),
             dropped: Dropped::default(),
             tried: None,
@@ -90,6 +96,8 @@ impl Log {
             path,
             file,
             unfinished: [Vec::new(), Vec::new()],
+            kept: None,
+            changed: [false; 2],
             clock: Clock::default(),
             dropped: Dropped::default(),
             tried: None,
@@ -103,12 +111,48 @@ impl Log {
 
     pub(crate) fn set_unfinished(&mut self, unfinished: [Vec<u8>; 2]) {
         self.unfinished = unfinished;
+        self.keep_all();
+    }
+
+    /// Keeps unfinished lines in these files from now on; `load`: a shim before us was killed, and may
+    /// have left some there.
+    pub(crate) fn keep_in(&mut self, paths: [PathBuf; 2], load: bool) {
+        if !load {
+            for path in &paths {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        let mut kept = paths.map(Unfinished::new);
+        if load {
+            for stream in [Stream::Stdout, Stream::Stderr] {
+                let text = kept[stream as usize].load(&self.path, stream);
+                self.unfinished[stream as usize] = text;
+            }
+        }
+        self.kept = Some(kept);
+    }
+
+    /// There is nothing more to read for now: what is unfinished is kept.
+    pub(crate) fn settle(&mut self, stream: Stream) {
+        let stream = stream as usize;
+        if std::mem::take(&mut self.changed[stream])
+            && let (Some(kept), Some(log)) = (&mut self.kept, &self.file)
+        {
+            kept[stream].keep(&self.unfinished[stream], log);
+        }
+    }
+
+    fn keep_all(&mut self) {
+        self.changed = [true; 2];
+        self.settle(Stream::Stdout);
+        self.settle(Stream::Stderr);
     }
 
     /// Takes output of the container; `out` is a buffer of [`OUT_SIZE`]. Gives how much of it was
     /// used.
     pub(crate) fn write(&mut self, stream: Stream, bytes: &[u8], out: &mut [u8]) -> usize {
         let mut unfinished = std::mem::take(&mut self.unfinished[stream as usize]);
+        self.changed[stream as usize] = true;
         // All of it was there when it was read, so it has one time.
         let mut batch = Batch { heads: self.heads(stream), out, used: 0, peak: 0 };
         let mut rest = bytes;
@@ -152,11 +196,14 @@ impl Log {
             self.record(&mut batch, true, &unfinished, &[]);
         }
         self.flush(&mut batch);
+        self.changed[stream as usize] = true;
+        self.settle(stream);
     }
 
     /// Closes the file and opens its path again. On an error the old file stays.
     pub(crate) fn reopen(&mut self) -> io::Result<()> {
         self.file = Some(open(&self.path)?);
+        self.keep_all();
         Ok(())
     }
 

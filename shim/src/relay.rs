@@ -50,12 +50,12 @@ impl Relays {
         lock(&self.0).values().map(|relay| relay.asked.clone()).collect()
     }
 
-    /// Begins; a second request for a container is fine.
-    pub(crate) async fn begin(&self, relay: &control::Relay) -> io::Result<()> {
+    /// Begins; a second request for a container is fine. `crashed`: after a shim that was killed.
+    pub(crate) async fn begin(&self, relay: &control::Relay, crashed: bool) -> io::Result<()> {
         if self.find(&relay.container).is_some() {
             return Ok(());
         }
-        let io = Io::relay(relay).await?;
+        let io = Io::relay(relay, crashed).await?;
         let new = Arc::new(Relay { asked: relay.clone(), io: Mutex::new(io) });
         lock(&self.0).entry(relay.container.clone()).or_insert(new);
         Ok(())

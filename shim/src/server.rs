@@ -853,7 +853,7 @@ async fn control_client(stream: UnixStream, pod: &Arc<Pod>) -> io::Result<()> {
                 Err(error) => refuse("precondition", error.to_string()),
             }
         }
-        Some(Request::Relay(relay)) => match pod.relays.begin(relay).await {
+        Some(Request::Relay(relay)) => match pod.relays.begin(relay, false).await {
             Ok(()) => {
                 pod.changed();
                 "ok\n".into()

@@ -237,7 +237,19 @@ impl Outputs {
         }
     }
 
-    fn new(log: Option<Log>, streams: usize) -> Arc<Self> {
+    /// There is nothing more to read for now.
+    fn settle(&self, stream: Stream) {
+        if let Some(log) = lock(&self.log).as_mut() {
+            log.settle(stream);
+        }
+    }
+
+    /// `log` goes on where it was; `load`: with the unfinished lines that are in the bundle.
+    fn new(mut log: Option<Log>, streams: usize, bundle: &Bundle, load: bool) -> Arc<Self> {
+        if let Some(log) = &mut log {
+            log.keep_in(bundle.unfinished(), load);
+        }
+
         Arc::new(Self {
             log: Mutex::new(log),
             attached: Mutex::default(),
@@ -479,7 +491,8 @@ impl Io {
                 let name = path.display().to_string();
                 Log::open(path).map_err(|error| named("log", &name, &error))
             });
-            io.outputs = Some(Outputs::new(log.transpose()?, if request.terminal { 1 } else { 2 }));
+            let streams = if request.terminal { 1 } else { 2 };
+            io.outputs = Some(Outputs::new(log.transpose()?, streams, bundle, false));
         }
         if request.terminal {
             io.terminal = Some(Terminal::Wanted {
@@ -545,14 +558,18 @@ impl Io {
     /// The streams of a container that another shim runs: FIFOs in its bundle. Those that are there
     /// already are used as they are, for there may be output in them. We hold both ends until
     /// [`Io::take_given`], so that the other shim may open, and die, when it likes.
-    pub(crate) async fn relay(relay: &control::Relay) -> io::Result<Self> {
+    pub(crate) async fn relay(relay: &control::Relay, crashed: bool) -> io::Result<Self> {
         let bundle = Bundle::new(&relay.bundle);
         let log = relay.log.clone().map(|path| {
+            if crashed {
+                return Ok(Log::resume(path));
+            }
             let name = path.display().to_string();
             Log::open(path).map_err(|error| named("log", &name, &error))
         });
         let mut io = Self::closed(relay.stdin_once);
-        io.outputs = Some(Outputs::new(log.transpose()?, if relay.stderr { 2 } else { 1 }));
+        let streams = if relay.stderr { 2 } else { 1 };
+        io.outputs = Some(Outputs::new(log.transpose()?, streams, &bundle, crashed));
         if relay.stdin {
             keep_fifo(&bundle.stdin())?;
             io.given.stdin = Some(open_stdin(&bundle.stdin(), &mut io.stdin)?);
@@ -639,10 +656,16 @@ impl Io {
 
     /// The streams of a process whose shim died: what was lent is given back, and the FIFOs of the
     /// bundle are opened anew. A terminal that was not lent is lost.
-    pub(crate) fn resume(request: &Request<'_>, lent: Lent, closed: bool) -> io::Result<Self> {
+    pub(crate) fn resume(
+        request: &Request<'_>,
+        lent: Lent,
+        closed: bool,
+        crashed: bool,
+    ) -> io::Result<Self> {
         let mut io = Self::closed(matches!(request.stdin, Source::Held { once: true }));
         if let Sink::CriLog(path) = request.stdout {
-            io.outputs = Some(Outputs::new(path.clone().map(Log::resume), 0));
+            let log = path.clone().map(Log::resume);
+            io.outputs = Some(Outputs::new(log, 0, request.bundle, crashed));
         }
         if request.terminal {
             if let Some(master) = lent.tty {
@@ -900,6 +923,7 @@ async fn pump(reader: Arc<AsyncFd<OwnedFd>>, outputs: Arc<Outputs>, stream: Stre
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    outputs.settle(stream);
                     guard.clear_ready();
                     break;
                 }
@@ -1197,7 +1221,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_client_that_does_not_read_is_dropped_and_others_go_on() {
-        let outputs = Outputs::new(None, 1);
+        let outputs = Outputs::new(None, 1, &Bundle::new("/"), false);
         let both = Attach { stdin: false, stdout: true, stderr: true };
         let slow = outputs.attach(both);
         let chunk = vec![b'x'; IN_SIZE];
@@ -1215,7 +1239,7 @@ mod tests {
 
     #[tokio::test]
     async fn attaching_after_the_end_ends_at_once() {
-        let outputs = Outputs::new(None, 1);
+        let outputs = Outputs::new(None, 1, &Bundle::new("/"), false);
         outputs.end(Stream::Stdout);
         let late = outputs.attach(Attach { stdin: false, stdout: true, stderr: false });
         assert!(matches!(late.next().await, Next::Bytes(bytes) if bytes == [3, 0, 0, 0, 0]));

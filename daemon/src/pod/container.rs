@@ -785,7 +785,8 @@ async fn discard_once(
     pod: &Pod,
     record: &ContainerRecord,
 ) -> Result<(), Error> {
-    let client = pod.client().await.ok();
+    // One that is only not reached may be at work on the container: it is tried again later.
+    let client = pod.shim().await?;
     if client.is_none() {
         let bundle = services.shims.container_bundle(&record.id);
         if bundle.dir().exists() {

@@ -122,7 +122,7 @@ impl Pod {
         }
         for relay in saved.relays {
             // Its FIFOs are as they were: the other shim has them open.
-            if let Err(error) = self.relays.begin(&relay).await {
+            if let Err(error) = self.relays.begin(&relay, crashed).await {
                 report!("streams of {}: {error}", relay.container);
             }
         }
@@ -181,7 +181,7 @@ impl Pod {
             Stage::Created { pid } | Stage::Running { pid } => {
                 let who = Who { pid, began: container.init.began.load(Ordering::Relaxed) };
                 let owned = self.stranger(who, pidfd);
-                self.resume_io(&container, &container.init, streams, false).await;
+                self.resume_io(&container, &container.init, streams, (false, crashed)).await;
                 self.resume_init(&container, pid, owned, crashed).await;
                 saved.execs
             }
@@ -191,7 +191,13 @@ impl Pod {
         }
     }
 
-    async fn resume_io(&self, container: &Container, process: &Process, streams: Lent, exec: bool) {
+    async fn resume_io(
+        &self,
+        container: &Container,
+        process: &Process,
+        streams: Lent,
+        (exec, crashed): (bool, bool),
+    ) {
         let parsed = process.uris.parse();
         let resumed =
             parsed.map_err(|error| error.to_string()).and_then(|(stdin, stdout, stderr)| {
@@ -206,7 +212,7 @@ impl Pod {
                     exec,
                 };
                 let closed = process.stdin_closed.load(Ordering::Relaxed);
-                Io::resume(&request, streams, closed).map_err(|error| error.to_string())
+                Io::resume(&request, streams, closed, crashed).map_err(|error| error.to_string())
             });
         match resumed {
             Ok(io) => *lock(&process.io) = Some(io),
@@ -253,7 +259,7 @@ impl Pod {
         if let SavedStage::Running(who) = saved.stage {
             // Of one that is gone nobody can tell how it ended, and no answer is better than a guess.
             let Some(owned) = self.stranger(who, pidfd) else { return };
-            self.resume_io(container, &process, streams, true).await;
+            self.resume_io(container, &process, streams, (true, false)).await;
             *lock(&process.owned) = Some(owned.clone());
             self.watch_exec(container, &name, process.clone(), owned);
         }
