@@ -57,6 +57,7 @@ pub mod hugetlb;
 pub mod image;
 pub mod leaks;
 pub mod log;
+pub mod memory;
 pub mod node;
 pub mod nri;
 pub mod pod;

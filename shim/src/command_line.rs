@@ -31,7 +31,7 @@ use crate::{
     control::Kept,
     crash,
     handover::{self, Handover, Origin},
-    mounts, namespaces,
+    memory, mounts, namespaces,
     pod::{Pod, Saved, end_container},
     pod_init,
     process::{self, Reaper, Signals, check, report, watch_fd},
@@ -210,6 +210,10 @@ fn leave_behind(
     if let Some(address) = input.ttrpc_address() {
         command.env("TTRPC_ADDRESS", address);
     }
+    let (variable, settings) = memory::environment();
+    if std::env::var_os(variable).is_none() {
+        command.env(variable, settings);
+    }
     let fd = listener.as_raw_fd();
     let prepare = move || {
         // SAFETY: no memory is involved; a duplicate does not close on exec.
@@ -250,12 +254,15 @@ fn run_async<T>(work: impl Future<Output = Result<T, String>>) -> Result<T, Stri
     tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        // The default is a buffer for a thousand.
+        .max_io_events_per_tick(64)
         .build()
         .map_err(|error| format!("event loop: {error}"))?
         .block_on(work)
 }
 
 fn serve(arguments: &Arguments) -> Result<(), String> {
+    memory::begin();
     let handed = arguments.handover.map(handover::receive).transpose()?;
     let (listener, bundle) = match &handed {
         Some((handed, _)) => {
@@ -345,6 +352,7 @@ async fn live(
     }
     let forwarding = pod.clone();
     tokio::spawn(async move { forwarding.events.run().await });
+    tokio::spawn(memory::keep_small());
     let watching = pod.clone();
     tokio::spawn(async move {
         if let Err(error) = watch_bundle(watching).await {

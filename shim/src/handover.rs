@@ -32,6 +32,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     bootstrap::Arguments,
     control::{Attach, Kept},
+    memory,
     pod::{Error, Pod, Saved},
     process::{Reaper, lock, report},
     runtime::memfd,
@@ -266,7 +267,11 @@ fn execute(binary: &Path, arguments: &Arguments, file: &File, open: &[RawFd]) ->
         }
         argv.push(text(file.as_raw_fd().to_string().into())?);
         argv.push(text("serve".into())?);
+        let (variable, settings) = memory::environment();
         let mut environment = Vec::new();
+        if std::env::var_os(variable).is_none() {
+            environment.push(text(format!("{variable}={settings}").into())?);
+        }
         for (mut name, value) in std::env::vars_os() {
             name.push("=");
             name.push(value);

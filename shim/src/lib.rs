@@ -47,6 +47,8 @@ mod log;
 #[cfg(feature = "server")]
 mod mapped;
 #[cfg(feature = "server")]
+mod memory;
+#[cfg(feature = "server")]
 mod mounts;
 #[cfg(feature = "server")]
 mod namespaces;

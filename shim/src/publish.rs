@@ -11,7 +11,7 @@ use holdfast_protos::shim::{
 };
 use tokio::sync::Notify;
 
-use crate::process::lock;
+use crate::{memory, process::lock};
 
 /// Events that wait for a daemon that is down. Beyond it the oldest is lost; the exit records in
 /// the bundles are not, and a daemon that comes back reads those.
@@ -28,7 +28,8 @@ pub(crate) struct Events {
     namespace: String,
     /// The daemon's TTRPC socket; `None`: nobody wants to know.
     address: Option<PathBuf>,
-    queue: Mutex<VecDeque<Envelope>>,
+    /// Encoded `Envelope`s: one piece of memory each.
+    queue: Mutex<VecDeque<Vec<u8>>>,
     more: Notify,
     empty: Notify,
     /// The daemon lives: it has called us.
@@ -50,6 +51,7 @@ impl Events {
     /// Queues an event; `name` is that of its message in `containerd.events`. (Asking the message
     /// itself would build its descriptor: some ten pages of heap.)
     pub(crate) fn send(&self, topic: &str, name: &str, event: &impl Message) {
+        memory::used();
         if self.address.is_none() {
             return;
         }
@@ -61,6 +63,7 @@ impl Events {
         envelope.namespace = self.namespace.clone();
         envelope.topic = topic.to_owned();
         envelope.event = MessageField::some(any);
+        let envelope = envelope.write_to_bytes().unwrap_or_default();
         let mut queue = lock(&self.queue);
         if queue.len() == QUEUE_MAX {
             queue.pop_front();
@@ -78,12 +81,11 @@ impl Events {
 
     /// Events that nobody has acknowledged yet, oldest first.
     pub(crate) fn unacknowledged(&self) -> Vec<Vec<u8>> {
-        lock(&self.queue).iter().filter_map(|event| event.write_to_bytes().ok()).collect()
+        lock(&self.queue).iter().cloned().collect()
     }
 
     /// Puts them back in, before any other.
     pub(crate) fn restore(&self, events: Vec<Vec<u8>>) {
-        let events = events.iter().filter_map(|bytes| Envelope::parse_from_bytes(bytes).ok());
         lock(&self.queue).extend(events);
         self.more.notify_one();
     }
@@ -134,7 +136,9 @@ impl Events {
         loop {
             let Some(next) = lock(&self.queue).front().cloned() else { return true };
             let mut request = ForwardRequest::new();
-            request.envelope = MessageField::some(next.clone());
+            // One of ours can be read; should it not, the daemon says so.
+            let envelope = Envelope::parse_from_bytes(&next).unwrap_or_default();
+            request.envelope = MessageField::some(envelope);
             let nanos = i64::try_from(ACKNOWLEDGE.as_nanos()).unwrap_or(i64::MAX);
             let call = client.forward(context::with_timeout(nanos), &request);
             match tokio::time::timeout(ACKNOWLEDGE, call).await {

@@ -126,6 +126,8 @@ pub const POD_MEMORY: &str = "Shim + daemon per pod";
 
 /// How much more a shim has after 10,000 execs and 1 GB of output than after one exec and a quarter of it.
 pub const SHIM_GROWTH: &str = "Shim PSS growth in use";
+/// The same of what the shim has written to and has alone.
+pub const SHIM_OWN_GROWTH: &str = "Shim private growth in use";
 /// 256 MB in lines of 100 bytes, to the end of the container; the floor is conmon.
 pub const LOG: &str = "Output, 256 MB";
 /// The shim alone: from the exec of `start` to the answer to Connect.
@@ -192,6 +194,7 @@ const METRICS: &[(&str, &str)] = &[
     (SHIM, "KiB"),
     (POD_MEMORY, "KiB"),
     (SHIM_GROWTH, "%"),
+    (SHIM_OWN_GROWTH, "%"),
     (LOG, "ms"),
     (SHIM_START, "ms"),
     (SHIM_CREATE_START, "ms"),
@@ -232,6 +235,7 @@ const BARS: &[Bar] = &[
     Bar { metric: POD_MEMORY, against: Against::Zero, limit: 650.0 },
     Bar { metric: EXEC, against: Against::Times(FLOOR), limit: 1.15 },
     Bar { metric: SHIM_GROWTH, against: Against::Zero, limit: 10.0 },
+    Bar { metric: SHIM_OWN_GROWTH, against: Against::Zero, limit: 10.0 },
     Bar { metric: LOG, against: Against::Times(FLOOR), limit: 0.5 },
     Bar { metric: LOG, against: Against::Times(CONTAINERD), limit: 0.5 },
     Bar { metric: SHIM_START, against: Against::Zero, limit: 8.0 },
