@@ -15,8 +15,8 @@
 //! has all of them, synced or not, and the next pull goes on from there ([`Layers::adopt`]).
 //!
 //! # Lanes
-//! ext4 makes a directory's files near it, in the same block group, and does not give out inodes that were
-//! freed less than a minute (or five) ago: it looks at each of them again for each file that is made. A node
+//! ext4 makes a directory's files near it, in the same block group, and without a journal does not give out inodes
+//! that were freed less than a minute (or five) ago: it looks at each of them again for each file that is made. A node
 //! that removes an image of 30,000 files and pulls another spends a third of its time there, if all layers are made
 //! below one directory. So they are made in turns below one of `LANES`, which are in block groups of their
 //! own, because the directory that has them is marked as one whose subdirectories are unrelated (FS_TOPDIR_FL,

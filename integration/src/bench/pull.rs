@@ -34,7 +34,7 @@ use crate::{
 const MIB: usize = 1 << 20;
 
 /// How long the disk may take to become quiet.
-const QUIET: Duration = Duration::from_secs(20);
+const QUIET: Duration = Duration::from_secs(40);
 
 /// What there is to pull.
 pub const PULLED: [&str; 8] =
@@ -362,17 +362,20 @@ impl Noise {
 
 /// Writes back all that is dirty, and waits until removals that go on behind it have ended.
 async fn quiet() -> Result<()> {
-    let free = || -> Result<u64> {
+    let free = || -> Result<(u64, u64)> {
         let stat = nix::sys::statvfs::statvfs("/var/tmp")?;
-        Ok(stat.blocks_free() * stat.fragment_size())
+        Ok((stat.blocks_free() * stat.fragment_size(), stat.files_free()))
     };
     let until = Instant::now() + QUIET;
     loop {
         tokio::task::spawn_blocking(nix::unistd::sync).await?;
-        let before = free()?;
+        let (bytes, files) = free()?;
         tokio::time::sleep(Duration::from_millis(200)).await;
+        let (bytes_now, files_now) = free()?;
+        // Of small files few bytes come free, but each is one.
+        let is_quiet = bytes.abs_diff(bytes_now) < MIB as u64 && files.abs_diff(files_now) < 20;
         // Others may use the disk as well: after a while it is as it is.
-        if free()?.abs_diff(before) < MIB as u64 || Instant::now() > until {
+        if is_quiet || Instant::now() > until {
             return Ok(());
         }
     }
