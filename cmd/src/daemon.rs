@@ -178,10 +178,11 @@ fn serve(config: Config, log_level: Option<String>) -> Result<ExitCode> {
 }
 
 /// What sends traces until it is dropped.
-#[cfg(feature = "otlp")]
-type Traces = Option<holdfast_daemon::trace::Tracer>;
-#[cfg(not(feature = "otlp"))]
-type Traces = ();
+#[derive(Default)]
+struct Traces {
+    #[cfg(feature = "otlp")]
+    _sender: Option<holdfast_daemon::trace::Tracer>,
+}
 
 /// The log goes to stderr; traces, if there are any, to where the configuration says.
 fn log_and_trace(config: &Config, log_level: Option<String>) -> Result<Traces> {
@@ -210,7 +211,7 @@ fn log_and_trace(config: &Config, log_level: Option<String>) -> Result<Traces> {
         let (layer, tracer) =
             holdfast_daemon::trace::layer(endpoint, samples).map_err(anyhow::Error::msg)?;
         subscriber.with(layer).init();
-        return Ok(Some(tracer));
+        return Ok(Traces { _sender: Some(tracer) });
     }
     subscriber.init();
     Ok(Traces::default())
