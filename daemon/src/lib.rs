@@ -104,7 +104,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     // What must not be seen in them is closed itself.
     passable_dir(&config.root).map_err(at("make", &config.root))?;
     passable_dir(&config.state).map_err(at("make", &config.state))?;
-    let _locks = lock(&config)?;
+    let _locks = lock(&config).await?;
     boot::settle(&config.state).map_err(at("clear of an earlier boot", &config.state))?;
 
     let (bundles, image_copies) = (config.state.join("bundles"), config.root.join("images"));
@@ -251,17 +251,26 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     Ok(())
 }
 
+/// How long a daemon waits for the locks of one that was killed: a child that it had forked has them until
+/// it executes its program, which takes its time on a busy node.
+const UNLOCKED: Duration = Duration::from_secs(3);
+
 /// One daemon per state directory, by a file that earlier releases lock too, and one per root directory, by
 /// the directory itself, for a full disk has room for no file. Held until the process ends, however it ends.
-fn lock(config: &Config) -> Result<[nix::fcntl::Flock<fs::File>; 2], Error> {
-    let take = |file, what, dir: &Path| {
-        nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
-            .map_err(|_| Error::Running { what, path: dir.to_owned() })
+async fn lock(config: &Config) -> Result<[nix::fcntl::Flock<fs::File>; 2], Error> {
+    let end = tokio::time::Instant::now() + UNLOCKED;
+    let take = async |mut file, what, dir: &Path| loop {
+        match nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => return Ok(locked),
+            Err((again, _)) if tokio::time::Instant::now() < end => file = again,
+            Err(_) => return Err(Error::Running { what, path: dir.to_owned() }),
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
     };
     let path = config.state.join("lock");
     let file = fs::File::create(&path).map_err(at("make", &path))?;
     let root = fs::File::open(&config.root).map_err(at("open", &config.root))?;
-    Ok([take(file, "state", &config.state)?, take(root, "root", &config.root)?])
+    Ok([take(file, "state", &config.state).await?, take(root, "root", &config.root).await?])
 }
 
 /// The socket of NRI plugins. Without it they cannot connect, but pods run all the same: where that must

@@ -43,6 +43,32 @@ async fn everything(node: &Node) -> Result<BTreeSet<String>> {
     Ok(all)
 }
 
+/// A child that a daemon forked has its locks until it executes its program, also when the daemon is dead
+/// by then. Here they are held for longer than that takes, by somebody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_waits_for_what_is_left_of_the_one_before() -> Result<()> {
+    let mut node = Node::start().await?;
+    node.kill9()?;
+    let (state, root) = (node.path().join("state/lock"), node.path().join("root"));
+    let mut held = Vec::new();
+    for path in [state, root] {
+        let mut holder = tokio::process::Command::new("flock")
+            .arg(path)
+            .args(["sh", "-c", "echo locked; exec sleep 1"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()?;
+        let mut said = [0; 7];
+        let mut stdout = holder.stdout.take().context("stdout")?;
+        tokio::io::AsyncReadExt::read_exact(&mut stdout, &mut said).await?;
+        held.push(holder);
+    }
+    node.restart().await?;
+    for mut holder in held {
+        holder.wait().await?;
+    }
+    node.finish().await
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_is_there_again_after_a_kill() -> Result<()> {
     let mut node = Node::start().await?;

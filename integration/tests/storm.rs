@@ -279,13 +279,14 @@ async fn storm(builder: Builder, kills: bool, refusals: bool) -> Result<()> {
         // The clients must come to their ends with what they are given.
         Ok::<_, anyhow::Error>(())
     };
-    let (worked, weather) = futures::join!(clients, weather);
+    // Whichever fails first ends both: without a daemon the clients would only lose their patience, and nobody
+    // would know why.
+    let worked = futures::future::try_join(clients, weather).await;
     if refusals {
         node.gated_runtime().release()?;
         node.gated_cni().release()?;
     }
     worked.with_context(|| node.daemon_log(120))?;
-    weather?;
     let rounds = storm.rounds.load(Ordering::Relaxed);
     println!(
         "{rounds} rounds, {killed} kills, {} calls made again, {} refused",
