@@ -126,6 +126,15 @@ struct Container {
 }
 
 impl Container {
+    /// The OCI configuration in its bundle.
+    fn spec(&self) -> Result<serde_json::Value> {
+        Ok(serde_json::from_slice(&fs::read(self.bundle.config())?)?)
+    }
+
+    fn write_spec(&self, spec: &serde_json::Value) -> Result<()> {
+        Ok(fs::write(self.bundle.config(), serde_json::to_vec(spec)?)?)
+    }
+
     /// Readers of both outputs: some shims wait for them in Create.
     fn read(&self) -> Result<(Reading, Reading)> {
         Ok((Reading::begin(&self.bundle.stdout())?, Reading::begin(&self.bundle.stderr())?))
@@ -660,15 +669,14 @@ async fn mapped_layers(bench: Arc<Bench>) -> Result<()> {
     for dir in rootfs.ancestors().take_while(|dir| dir.starts_with(bench.ground.path())) {
         fs::set_permissions(dir, fs::Permissions::from_mode(0o711))?;
     }
-    let mut spec: serde_json::Value =
-        serde_json::from_slice(&fs::read(container.bundle.config())?)?;
+    let mut spec = container.spec()?;
     let ids = json!([{"containerID": 0, "hostID": ROOT, "size": 65536}]);
     spec["root"]["path"] = json!(rootfs);
     spec["linux"]["uidMappings"] = ids.clone();
     spec["linux"]["gidMappings"] = ids;
     let namespaces = spec["linux"]["namespaces"].as_array_mut().context("namespaces")?;
     namespaces.push(json!({"type": "user"}));
-    fs::write(container.bundle.config(), serde_json::to_vec(&spec)?)?;
+    container.write_spec(&spec)?;
 
     let mut task = bench.task(&container);
     let mut overlay = holdfast_protos::shim::types::mount::Mount::new();

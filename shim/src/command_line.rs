@@ -210,10 +210,7 @@ fn leave_behind(
     if let Some(address) = input.ttrpc_address() {
         command.env("TTRPC_ADDRESS", address);
     }
-    let (variable, settings) = memory::environment();
-    if std::env::var_os(variable).is_none() {
-        command.env(variable, settings);
-    }
+    command.envs(memory::environment());
     let fd = listener.as_raw_fd();
     let prepare = move || {
         // SAFETY: no memory is involved; a duplicate does not close on exec.

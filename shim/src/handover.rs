@@ -267,9 +267,8 @@ fn execute(binary: &Path, arguments: &Arguments, file: &File, open: &[RawFd]) ->
         }
         argv.push(text(file.as_raw_fd().to_string().into())?);
         argv.push(text("serve".into())?);
-        let (variable, settings) = memory::environment();
         let mut environment = Vec::new();
-        if std::env::var_os(variable).is_none() {
+        if let Some((variable, settings)) = memory::environment() {
             environment.push(text(format!("{variable}={settings}").into())?);
         }
         for (mut name, value) in std::env::vars_os() {

@@ -21,6 +21,7 @@ pub mod cgroup;
 pub mod control;
 pub mod crash;
 mod fds;
+pub mod mount_attr;
 pub mod options;
 pub mod stat;
 pub mod timestamp;

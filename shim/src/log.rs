@@ -76,22 +76,17 @@ impl Log {
     /// Opens (appends to) the log at `path`.
     pub(crate) fn open(path: PathBuf) -> io::Result<Self> {
         let file = open(&path)?;
-        Ok(Self {
-            path,
-            file: Some(file),
-            unfinished: [Vec::new(), Vec::new()],
-            kept: None,
-            changed: [false; 2],
-            clock: Clock::default(),
-            dropped: Dropped::default(),
-            tried: None,
-        })
+        Ok(Self::new(path, Some(file)))
     }
 
     /// Goes on with the log at `path` after a shim that died, perhaps in the middle of a record. A log
     /// that cannot be opened now is tried again as long as there is output.
     pub(crate) fn resume(path: PathBuf) -> Self {
         let file = open(&path).and_then(|file| mend(&path, &file).map(|()| file)).ok();
+        Self::new(path, file)
+    }
+
+    fn new(path: PathBuf, file: Option<File>) -> Self {
         Self {
             path,
             file,

@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io::{self, Read as _, Write as _},
     os::{
-        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::{ffi::OsStrExt as _, net::UnixStream},
     },
     path::Path,
@@ -14,30 +14,23 @@ use std::{
 
 use nix::sched::{CloneFlags, unshare};
 
-use crate::{mounts::unmount, namespaces, options::UserMappings, process::check};
+use crate::{
+    mount_attr::set_attributes, mounts::unmount, namespaces, options::UserMappings, process::check,
+};
 
 /// A user namespace of these mappings, in which nobody is.
 ///
 /// # Errors
 /// The kernel refuses it or its mappings.
-#[expect(unsafe_code, reason = "fork(2), waitpid(2), _exit(2)")]
+#[expect(unsafe_code, reason = "waitpid(2)")]
 pub(crate) fn user_namespace(ids: &UserMappings) -> io::Result<OwnedFd> {
-    let (mut ours, mut theirs) = UnixStream::pair()?;
-    // SAFETY: the shim has one thread, so there is no other whose locks the child could inherit.
-    let pid = match unsafe { libc::fork() } {
-        -1 => return Err(io::Error::last_os_error()),
-        0 => {
-            namespaces::close_all_but(theirs.as_raw_fd());
-            let errno = unshare(CloneFlags::CLONE_NEWUSER).err().map_or(0, |errno| errno as i32);
-            let _ = theirs.write_all(&errno.to_ne_bytes());
-            // Until its namespace is open: then the other end closes.
-            let _ = theirs.read(&mut [0]);
-            // SAFETY: nothing is dropped and no handler runs.
-            unsafe { libc::_exit(0) }
-        }
-        pid => pid,
-    };
-    drop(theirs);
+    let (mut ours, theirs) = UnixStream::pair()?;
+    let pid = namespaces::fork_helper(theirs, |mut wire| {
+        let errno = unshare(CloneFlags::CLONE_NEWUSER).err().map_or(0, |errno| errno as i32);
+        wire.write_all(&errno.to_ne_bytes())?;
+        // Until its namespace is open: then the other end closes.
+        wire.read(&mut [0]).map(drop)
+    })?;
     let made = (|| {
         let mut errno = [0; 4];
         ours.read_exact(&mut errno)?;
@@ -45,12 +38,12 @@ pub(crate) fn user_namespace(ids: &UserMappings) -> io::Result<OwnedFd> {
             0 => {}
             errno => return Err(io::Error::from_raw_os_error(errno)),
         }
-        namespaces::map(pid.unsigned_abs(), ids)?;
+        namespaces::map(pid, ids)?;
         File::open(format!("/proc/{pid}/ns/user"))
     })();
     drop(ours);
     // SAFETY: a child of ours that nobody else waits for: the one thread is here.
-    while unsafe { libc::waitpid(pid, std::ptr::null_mut(), 0) } == -1
+    while unsafe { libc::waitpid(pid.cast_signed(), std::ptr::null_mut(), 0) } == -1
         && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
     {}
     made.map(OwnedFd::from).map_err(|error| {
@@ -83,26 +76,8 @@ fn copy(place: &Path) -> io::Result<OwnedFd> {
     }
 }
 
-#[expect(unsafe_code, reason = "mount_setattr(2)")]
 fn map(tree: &OwnedFd, users: BorrowedFd<'_>) -> io::Result<()> {
-    let attr = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_IDMAP,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: users.as_raw_fd().unsigned_abs().into(),
-    };
-    // SAFETY: the path is a string, the structure has the size that is given, and the call only reads both.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attr,
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    check(result as libc::c_int).map(drop).map_err(|error| match error.raw_os_error() {
+    set_attributes(tree.as_fd(), 0, Some(users)).map_err(|error| match error.raw_os_error() {
         Some(libc::EINVAL) => io::Error::new(
             io::ErrorKind::Unsupported,
             "the file system of the layers, or this kernel, knows no mapped owners \

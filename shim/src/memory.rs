@@ -22,9 +22,10 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 static USED: Notify = Notify::const_new();
 
-/// What a shim's environment has for its heap.
-pub(crate) fn environment() -> (&'static str, &'static str) {
-    (VARIABLE, NO_THREAD_CACHE)
+/// What the environment of a shim that is started from here needs for its heap, beside what it
+/// inherits: who set something else keeps it.
+pub(crate) fn environment() -> Option<(&'static str, &'static str)> {
+    std::env::var_os(VARIABLE).is_none().then_some((VARIABLE, NO_THREAD_CACHE))
 }
 
 /// Sees to it that this process has the settings, if need be by executing itself once more: a shim that

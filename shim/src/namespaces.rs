@@ -320,30 +320,36 @@ struct Plan<'a> {
     netns: Option<&'a Path>,
 }
 
-/// Forks the helper. The shim has one thread, so its child may do anything a process may; but it
-/// leaves by `_exit`, for nothing of the shim's is its own to drop.
-#[expect(unsafe_code, reason = "fork(2), _exit(2)")]
 fn fork(plan: &Plan<'_>, wire: UnixStream, reaper: &Arc<Reaper>) -> Result<Owned, Error> {
+    let pid = fork_helper(wire, |wire| helper(plan, wire)).map_err(io_error("fork"))?;
+    reaper.own(pid).map_err(io_error("open the helper"))
+}
+
+/// Forks a helper that has nothing of ours but its end of a wire, and ends when its work does. The shim has one
+/// thread, so its child may do anything a process may; but it leaves by `_exit`, for nothing of the
+/// shim's is its own to drop. Gives its pid: it is the caller's to wait for.
+#[expect(unsafe_code, reason = "fork(2), _exit(2)")]
+pub(crate) fn fork_helper(
+    wire: UnixStream,
+    work: impl FnOnce(&UnixStream) -> io::Result<()>,
+) -> io::Result<u32> {
     // SAFETY: there is no other thread whose locks the child could inherit.
     match unsafe { libc::fork() } {
-        -1 => Err(Error::Io { what: "fork", source: io::Error::last_os_error() }),
+        -1 => Err(io::Error::last_os_error()),
         0 => {
             close_all_but(wire.as_raw_fd());
-            let code = i32::from(helper(plan, &wire).is_err());
+            let code = i32::from(work(&wire).is_err());
             // SAFETY: nothing is dropped and no handler runs.
             unsafe { libc::_exit(code) }
         }
-        pid => {
-            drop(wire);
-            reaper.own(pid.unsigned_abs()).map_err(io_error("open the helper"))
-        }
+        pid => Ok(pid.unsigned_abs()),
     }
 }
 
 /// Closes what the helper has of the shim's: its end of the wire, whose end would not be seen, and its
 /// sockets, where a shim that has died would seem to answer for as long as the helper lives.
 #[expect(unsafe_code, reason = "close_range(2)")]
-pub(crate) fn close_all_but(kept: i32) {
+fn close_all_but(kept: i32) {
     let kept = kept.unsigned_abs();
     for (first, last) in [(3, kept - 1), (kept + 1, libc::c_uint::MAX)] {
         if first <= last {

@@ -249,7 +249,6 @@ impl Outputs {
         if let Some(log) = &mut log {
             log.keep_in(bundle.unfinished(), load);
         }
-
         Arc::new(Self {
             log: Mutex::new(log),
             attached: Mutex::default(),

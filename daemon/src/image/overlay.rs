@@ -15,6 +15,7 @@ use std::{
     path::Path,
 };
 
+use holdfast_shim::mount_attr::set_attributes;
 use rustix::{
     fs::{CWD, Mode, OFlags},
     io::Errno,
@@ -72,7 +73,7 @@ impl Overlay<'_> {
                 Lower::Name(name) => Ok(Lower::Name(name.clone())),
                 Lower::Mount(mount) => {
                     let mount = clone_mount(mount.as_fd())?;
-                    set_attributes(&mount, MountAttrFlags::empty(), Some(users))?;
+                    set_attributes(mount.as_fd(), 0, Some(users))?;
                     Ok(Lower::Mount(mount))
                 }
             })
@@ -82,7 +83,7 @@ impl Overlay<'_> {
             return mapped.mount(scratch);
         }
         let layers = bind(self.layers, false)?;
-        set_attributes(&layers, MountAttrFlags::empty(), Some(users))?;
+        set_attributes(layers.as_fd(), 0, Some(users))?;
         std::thread::scope(|scope| {
             scope
                 .spawn(|| -> io::Result<OwnedFd> {
@@ -199,43 +200,6 @@ pub fn clone_mount(mount: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
     Ok(rustix::mount::open_tree(mount, "", flags)?)
-}
-
-/// Sets attributes of a mount that is attached nowhere yet, and its id mapping: that of `users`, a
-/// user namespace. `EINVAL` with a mapping: the file system knows none.
-#[expect(unsafe_code, reason = "mount_setattr(2)")]
-pub fn set_attributes(
-    mount: &OwnedFd,
-    attributes: MountAttrFlags,
-    users: Option<BorrowedFd<'_>>,
-) -> io::Result<()> {
-    /// `struct mount_attr` of the kernel.
-    #[repr(C)]
-    struct MountAttr {
-        set: u64,
-        clear: u64,
-        propagation: u64,
-        users: u64,
-    }
-    const IDMAP: u64 = 0x0010_0000;
-    let mut attr = MountAttr { set: attributes.bits().into(), clear: 0, propagation: 0, users: 0 };
-    if let Some(users) = users {
-        attr.set |= IDMAP;
-        attr.users = users.as_raw_fd() as u64;
-    }
-    // SAFETY: the path is a string, the structure has the size that is given, and the call only
-    // reads both.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attr,
-            size_of::<MountAttr>(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Features that are off when the kernel has them: they would need the lower layers to be used by

@@ -12,7 +12,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use holdfast_shim::crash;
+use holdfast_shim::{crash, mount_attr::set_attributes};
 use rustix::{
     fs::{CWD, FileType, Mode, OFlags, ResolveFlags},
     io::Errno,
@@ -166,6 +166,7 @@ impl ImageVolume {
         let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
             | MountAttrFlags::MOUNT_ATTR_NOSUID
             | MountAttrFlags::MOUNT_ATTR_NODEV;
+        let attributes = attributes.bits().into();
         let mounted = match (lowers.as_slice(), self.layers.as_slice()) {
             // overlayfs wants two.
             ([_], layers) => {
@@ -174,7 +175,7 @@ impl ImageVolume {
                     [] => overlay::bind(&self.dirs.layers().join(EMPTY), false),
                 };
                 one.and_then(|fd| {
-                    overlay::set_attributes(&fd, attributes, users)?;
+                    set_attributes(fd.as_fd(), attributes, users)?;
                     Ok(fd)
                 })
             }
@@ -185,7 +186,7 @@ impl ImageVolume {
                     None => overlay.mount(&self.dirs.ingest()),
                 };
                 mounted.and_then(|fd| {
-                    overlay::set_attributes(&fd, attributes, None)?;
+                    set_attributes(fd.as_fd(), attributes, None)?;
                     Ok(fd)
                 })
             }

@@ -154,8 +154,7 @@ fn namespace(pid: u32, kind: &str) -> Result<u64> {
 /// A container of the pod, as the plugin writes its configuration.
 fn member(bench: &Bench, script: &str, sandbox: SandboxStarted) -> Result<Container> {
     let container = bench.write("c1", script)?;
-    let mut spec: serde_json::Value =
-        serde_json::from_slice(&fs::read(container.bundle.config())?)?;
+    let mut spec = container.spec()?;
     let path = |kind: &str| format!("/proc/{}/ns/{kind}", sandbox.pid);
     spec["linux"]["namespaces"] = json!([
         {"type": "mount"}, {"type": "pid", "path": path("pid")}, {"type": "ipc", "path": path("ipc")},
@@ -168,7 +167,7 @@ fn member(bench: &Bench, script: &str, sandbox: SandboxStarted) -> Result<Contai
     let mounts = spec["mounts"].as_array_mut().context("mounts")?;
     mounts.push(json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}));
     fs::create_dir_all(bench.ground.path().join("rootfs/etc"))?;
-    fs::write(container.bundle.config(), serde_json::to_vec(&spec)?)?;
+    container.write_spec(&spec)?;
     Ok(container)
 }
 

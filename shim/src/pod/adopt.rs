@@ -181,7 +181,7 @@ impl Pod {
             Stage::Created { pid } | Stage::Running { pid } => {
                 let who = Who { pid, began: container.init.began.load(Ordering::Relaxed) };
                 let owned = self.stranger(who, pidfd);
-                self.resume_io(&container, &container.init, streams, (false, crashed)).await;
+                self.resume_io(&container, &container.init, streams, false, crashed).await;
                 self.resume_init(&container, pid, owned, crashed).await;
                 saved.execs
             }
@@ -196,7 +196,8 @@ impl Pod {
         container: &Container,
         process: &Process,
         streams: Lent,
-        (exec, crashed): (bool, bool),
+        exec: bool,
+        crashed: bool,
     ) {
         let parsed = process.uris.parse();
         let resumed =
@@ -259,7 +260,7 @@ impl Pod {
         if let SavedStage::Running(who) = saved.stage {
             // Of one that is gone nobody can tell how it ended, and no answer is better than a guess.
             let Some(owned) = self.stranger(who, pidfd) else { return };
-            self.resume_io(container, &process, streams, (true, false)).await;
+            self.resume_io(container, &process, streams, true, false).await;
             *lock(&process.owned) = Some(owned.clone());
             self.watch_exec(container, &name, process.clone(), owned);
         }
