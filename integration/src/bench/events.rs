@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use holdfast_protos::cri as api;
 
 use super::{
@@ -22,6 +22,8 @@ use crate::wait::{Look, eventually};
 const SUBSCRIBERS: usize = 10;
 /// Containers whose lives are the events of a round.
 const CONTAINERS: usize = 40;
+/// How long a runtime has to take subscriptions.
+const SUBSCRIBED: Duration = Duration::from_secs(1);
 /// Created, started, stopped, deleted.
 const EACH: usize = 4;
 
@@ -61,16 +63,26 @@ async fn one(
     for _ in 0..subscribers {
         // A connection each, as different programs have; it must have no deadline.
         let mut client = side.daemon.cri().deadline(Duration::from_secs(3600)).runtime();
-        let stream = match client.get_container_events(api::GetEventsRequest {}).await {
-            Err(status) if status.code() == tonic::Code::Unimplemented => return Ok(None),
-            answer => answer?,
-        };
-        let (mut stream, told) = (stream.into_inner(), told.clone());
+        let told = told.clone();
         readers.spawn(async move {
-            while let Ok(Some(_)) = stream.message().await {
+            // containerd answers with its first event.
+            let stream = client.get_container_events(api::GetEventsRequest {}).await?;
+            let mut stream = stream.into_inner();
+            while stream.message().await?.is_some() {
                 told.fetch_add(1, Ordering::Relaxed);
             }
+            Ok::<_, tonic::Status>(())
         });
+    }
+    if subscribers > 0 {
+        // One that has no events says so at once; one that has them has taken the subscriptions by then.
+        match tokio::time::timeout(SUBSCRIBED, readers.join_next()).await {
+            Err(_) => {}
+            Ok(Some(Ok(Err(status)))) if status.code() == tonic::Code::Unimplemented => {
+                return Ok(None);
+            }
+            Ok(ended) => bail!("a subscription ended: {ended:?}"),
+        }
     }
     let pid = side.daemon.pid();
     let before = cpu(pid)?;
@@ -91,7 +103,7 @@ async fn one(
     })
     .await?;
     let spent = cpu(pid)?.saturating_sub(before);
-    ensure!(readers.len() == subscribers, "a subscription ended");
+    ensure!(readers.try_join_next().is_none(), "a subscription ended");
     readers.abort_all();
     Ok(Some(spent.as_secs_f64() * 1e6 / events as f64))
 }
