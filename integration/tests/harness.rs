@@ -10,11 +10,12 @@ use std::{
 
 use anyhow::{Result, ensure};
 use holdfast_integration::{
-    Image, Registry,
+    Image, Registry, eventually,
     ground::{Ground, Process, is_zombie, mountinfo},
     hugetlb::{self, Hugetlb},
     leaks::Inventory,
     registry::{Answer, Remote, Scripted},
+    wait::Look,
 };
 use nix::mount::{MsFlags, mount};
 
@@ -30,6 +31,12 @@ async fn an_image_is_pushed_to_a_real_registry_and_reads_are_counted() -> Result
     for _ in 0..2 {
         assert!(remote.get(&path).await? == image.layers[0].content);
     }
+    // It writes its log when it has answered.
+    eventually(Duration::from_secs(5), "both reads to be logged", async || {
+        let gets = registry.gets(&path).await?;
+        Ok(Look::when(gets >= 2, || format!("{gets}")))
+    })
+    .await?;
     assert_eq!(registry.gets(&path).await?, 2, "{}", registry.log());
     Ok(())
 }
