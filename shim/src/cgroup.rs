@@ -6,7 +6,9 @@
 use std::{
     collections::BTreeMap,
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::OnceLock,
     thread,
     time::{Duration, Instant},
 };
@@ -745,20 +747,33 @@ fn io_v1(dir: &Path) -> Vec<Io> {
 }
 
 fn huge_pages(dir: &Path, usage: &str, peak: &str) -> Vec<HugePages> {
-    let names = fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| {
-        let name = entry.file_name().into_string().ok()?;
-        let size = name.strip_prefix("hugetlb.")?.strip_suffix(usage)?;
-        (!size.contains('.')).then(|| size.to_owned())
+    // Listing the directory for them would cost more than all that is read of it.
+    static SIZES: OnceLock<Vec<String>> = OnceLock::new();
+    let sizes = SIZES.get_or_init(|| {
+        let sizes = fs::read_dir("/sys/kernel/mm/hugepages").into_iter().flatten().flatten();
+        let name = |entry: fs::DirEntry| page_size(entry.file_name().to_str()?);
+        let mut names: Vec<_> = sizes.filter_map(name).collect();
+        names.sort();
+        names
     });
-    let mut found: Vec<_> = names
-        .map(|size| HugePages {
-            usage: number(&dir.join(format!("hugetlb.{size}{usage}"))).unwrap_or_default(),
+    let read = |size: &String| {
+        Some(HugePages {
+            usage: number(&dir.join(format!("hugetlb.{size}{usage}")))?,
             peak: number(&dir.join(format!("hugetlb.{size}{peak}"))),
-            size,
+            size: size.clone(),
         })
-        .collect();
-    found.sort_by(|a, b| a.size.cmp(&b.size));
-    found
+    };
+    sizes.iter().filter_map(read).collect()
+}
+
+/// As hugetlb's files are named, of a directory in /sys/kernel/mm/hugepages: "hugepages-2048kB" is "2MB".
+fn page_size(directory: &str) -> Option<String> {
+    let kib: u64 = directory.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+    Some(match kib {
+        kib if kib >= 1 << 20 => format!("{}GB", kib >> 20),
+        kib if kib >= 1 << 10 => format!("{}MB", kib >> 10),
+        kib => format!("{kib}KB"),
+    })
 }
 
 fn pressure(path: &Path) -> Option<Pressure> {
@@ -810,6 +825,10 @@ fn named(dir: &Path, error: &io::Error) -> io::Error {
 /// Calls `visit` for `dir` and everything below it; what vanishes meanwhile is passed over.
 fn walk(dir: &Path, visit: &mut dyn FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
     visit(dir)?;
+    // A directory without others in it has two links; one more for each (kernfs, and most file systems).
+    if fs::metadata(dir).is_ok_and(|leaf| leaf.nlink() == 2) {
+        return Ok(());
+    }
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if gone(&error) => return Ok(()),
@@ -992,6 +1011,11 @@ mod tests {
         assert_eq!(stats.pids, Pids { current: Some(4), limit: Some(100) });
         assert_eq!(stats.io[0].writes, 4);
         assert_eq!(stats.hugetlb.len(), 1);
+        let names = ["hugepages-64kB", "hugepages-2048kB", "hugepages-1048576kB", "hugepages-xkB"];
+        assert_eq!(
+            names.map(page_size),
+            [Some("64KB".into()), Some("2MB".into()), Some("1GB".into()), None]
+        );
     }
 
     #[test]
