@@ -114,6 +114,23 @@ impl Registry {
         Ok(self.whole_log().await?.matches(&format!("\"GET {path} ")).count())
     }
 
+    /// Bytes of answers to GET requests for a path since the start: what was asked for by ranges
+    /// counts once in sum.
+    ///
+    /// # Errors
+    /// The log does not come.
+    pub async fn sent(&self, path: &str) -> Result<u64> {
+        // The access log has, after the request in quotes, status and bytes.
+        let request = format!("\"GET {path} HTTP/1.1\" ");
+        let log = self.whole_log().await?;
+        let answers = log.split(&request).skip(1);
+        let sent = |rest: &str| rest.split_whitespace().nth(1).unwrap_or_default().parse::<u64>();
+        answers
+            .map(sent)
+            .sum::<Result<u64, _>>()
+            .context("bytes of an answer in the registry's log")
+    }
+
     /// The requests about a repository since the start, as "METHOD path".
     ///
     /// # Errors

@@ -45,6 +45,8 @@ struct Pushed {
     reference: String,
     /// The paths of its layers.
     layers: Vec<String>,
+    /// Bytes of the last of them, as they are sent.
+    last_size: u64,
     /// Bytes of its layers' archives.
     unpacked: usize,
 }
@@ -151,7 +153,7 @@ async fn measured(
     samples: &mut Samples,
 ) -> Result<()> {
     quiet().await?;
-    let before = registry.gets(image.last()).await?;
+    let before = registry.sent(image.last()).await?;
     let pid = side.daemon.pid();
     let memory = Peak::start(pid)?;
     let written = written(pid)?;
@@ -174,11 +176,14 @@ async fn measured(
     side.remove_image(&image.reference).await
 }
 
-/// Otherwise it is not a pull that was measured.
-async fn fetched(side: &Side, registry: &Registry, image: &Pushed, before: usize) -> Result<usize> {
+/// How many times the last layer was downloaded since `before` bytes of it. Less than once is no pull
+/// that was measured.
+async fn fetched(side: &Side, registry: &Registry, image: &Pushed, before: u64) -> Result<f64> {
     eventually(Duration::from_secs(5), "the registry to log the download", async || {
-        let gets = registry.gets(image.last()).await?;
-        Ok(if gets > before { Look::Done(gets - before) } else { Look::Not(format!("{gets}")) })
+        let bytes = registry.sent(image.last()).await? - before;
+        let all = bytes >= image.last_size;
+        let times = bytes as f64 / image.last_size as f64;
+        Ok(if all { Look::Done(times) } else { Look::Not(format!("{bytes} bytes")) })
     })
     .await
     .with_context(|| format!("{} had the layers already", side.column))
@@ -197,7 +202,7 @@ async fn many(
     let one = millis(started);
     side.remove_image(&image.reference).await?;
     quiet().await?;
-    let before = registry.gets(image.last()).await?;
+    let before = registry.sent(image.last()).await?;
     let started = Instant::now();
     let calls = (0..10).map(|_| {
         let mut images = side.images.clone();
@@ -207,7 +212,7 @@ async fn many(
     try_join_all(calls).await?;
     samples.add(PULL_TEN_AT_ONCE, side.column, millis(started) / one);
     let fetched = fetched(side, registry, image, before).await?;
-    samples.add(PULL_FETCHED, side.column, fetched as f64);
+    samples.add(PULL_FETCHED, side.column, fetched);
     side.remove_image(&image.reference).await
 }
 
@@ -266,7 +271,8 @@ async fn push(
     let reference = registry.push(&format!("{repository}:{tag}"), &image).await?;
     let path = |digest: &str| format!("/v2/{repository}/blobs/{digest}");
     let layers = image.layers.iter().map(|layer| path(&layer.digest)).collect();
-    Ok(Pushed { reference, layers, unpacked })
+    let last_size = image.layers.last().map_or(0, |layer| layer.content.len()) as u64;
+    Ok(Pushed { reference, layers, last_size, unpacked })
 }
 
 /// About `size` bytes: two thirds of them in files of megabytes, the rest in many small ones, as a

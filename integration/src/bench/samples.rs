@@ -91,7 +91,7 @@ pub const PULL_WRITTEN: &str = "Pull, written per byte";
 pub const PULL_MEMORY: &str = "Pull, peak of memory";
 /// Ten PullImage at once for an image that is missing, as a part of one such pull.
 pub const PULL_TEN_AT_ONCE: &str = "Ten pulls at once";
-/// How often the layer of it was downloaded.
+/// How often the layer of it was downloaded: bytes of it that were sent, by its size.
 pub const PULL_FETCHED: &str = "Ten pulls, downloads";
 /// Layers that were downloaded of an image that shares nine of ten.
 pub const PULL_SHARED: &str = "Pull, 9 of 10 here";
