@@ -38,6 +38,8 @@ async fn an_image_is_pushed_to_a_real_registry_and_reads_are_counted() -> Result
     })
     .await?;
     assert_eq!(registry.gets(&path).await?, 2, "{}", registry.log());
+    let size = image.layers[0].content.len() as u64;
+    assert_eq!(registry.sent(&path).await?, 2 * size, "{}", registry.log());
     Ok(())
 }
 

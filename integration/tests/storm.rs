@@ -23,8 +23,9 @@ use tokio::time::{Instant, sleep};
 use tonic::{Code, Status};
 
 const CLIENTS: usize = 20;
-/// Mean time between two kills, in milliseconds.
-const KILL_EVERY: u64 = 300;
+/// Mean time from one daemon's start, or service, to its end. As in a storm it is now short, now long:
+/// most live for less.
+const KILL_EVERY: Duration = Duration::from_millis(300);
 /// How long a client insists on one call.
 const STEP: Duration = Duration::from_secs(120);
 
@@ -256,8 +257,8 @@ async fn storm(builder: Builder, kills: bool, refusals: bool) -> Result<()> {
     let weather = async {
         let end = Instant::now() + how_long();
         while Instant::now() < end && !storm.over.load(Ordering::Relaxed) {
-            let pause = rand::rng().random_range(KILL_EVERY / 2..KILL_EVERY * 3 / 2);
-            sleep(Duration::from_millis(pause)).await;
+            // Exponential, so that a kill does not depend on when the last one was.
+            sleep(KILL_EVERY.mul_f64(-(1.0 - rand::random::<f64>()).ln())).await;
             if kills {
                 node.kill9()?;
                 killed += 1;
