@@ -63,11 +63,16 @@ impl Storm {
         what: &str,
         call: impl AsyncFn() -> Result<T, Status>,
     ) -> Result<Result<T, Status>> {
-        let end = Instant::now() + STEP;
+        let begun = Instant::now();
+        let mut said = Duration::ZERO;
         loop {
             match call().await {
                 Err(status) if is_broken(&status) => {
-                    ensure!(Instant::now() < end, "{what}: {status:?}");
+                    ensure!(begun.elapsed() < STEP, "{what}: {status:?}");
+                    if begun.elapsed() > said + STEP / 4 {
+                        said = begun.elapsed();
+                        println!("{what}: not answered for {said:.0?}");
+                    }
                     self.repeated.fetch_add(1, Ordering::Relaxed);
                     let pause = rand::rng().random_range(10..60);
                     sleep(Duration::from_millis(pause)).await;
