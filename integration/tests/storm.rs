@@ -217,7 +217,11 @@ impl Storm {
         let status = self.status(name, &container).await?;
         ensure!(status.state() == cri::ContainerState::ContainerExited, "{name}: {status:?}");
         // 143: it was asked before it had set its trap.
-        ensure!(matches!(status.exit_code, 9 | 137 | 143), "{name}: {status:?}");
+        ensure!(
+            matches!(status.exit_code, 9 | 137 | 143),
+            "{name}: {status:?}, its log: {:?}",
+            container.log()
+        );
         if rand::random() {
             self.until_done(&what("remove"), async || container.remove().await).await?;
         }
