@@ -167,20 +167,19 @@ test: root deps lint test-bins previous ## everything: lints, unit tests and the
 SOAK  ?= 600
 SOAKS ?= binary(crash_points) | binary(exits) | binary(exhaustion) | binary(stuck) | binary(restart) | binary(faults) | binary(shims) | binary(skew)
 
+SOAK_RUN    = HOLDFAST_SOAK=$(SOAK) $(CARGO) nextest run --locked --profile soak --no-fail-fast -p holdfast-integration
+# Of what is shipped: storms need no crash points, and a debug build spends most of 300 ms on its start.
+SOAK_STORMS = HOLDFAST_BIN_DIR=$(TARGET_DIR)/bench-bin $(SOAK_RUN) -E 'binary(storm)'
+
 .PHONY: soak
-soak: soak-points soak-storms ## the tests of survival at full size, an hour or more (root); docs/reliability.md
-
-SOAK_RUN = HOLDFAST_SOAK=$(SOAK) $(CARGO) nextest run --locked --profile soak --no-fail-fast -p holdfast-integration
-
-.PHONY: soak-points
-soak-points: root deps test-bins previous
+soak: root deps test-bins previous release-bins ## the tests of survival at full size, an hour or more (root); docs/reliability.md
 	@$(give_back); status=0; HOLDFAST_BIN_DIR=$(TEST_BIN) $(SOAK_RUN) -E '$(SOAKS)' || status=$$?; \
+	$(SOAK_STORMS) || status=$$?; \
 	$(say_what_was_not_run); exit $$status
 
-# Of what is shipped: storms need no crash points, and a debug build spends most of 300 ms on its start.
 .PHONY: soak-storms
 soak-storms: root deps release-bins
-	@$(give_back); HOLDFAST_BIN_DIR=$(TARGET_DIR)/bench-bin $(SOAK_RUN) -E 'binary(storm)'
+	@$(give_back); $(SOAK_STORMS)
 
 .PHONY: power-cuts
 power-cuts: root deps ## cuts the power 200 times while images are pulled (root); CUTS=n for another number
@@ -205,12 +204,12 @@ fuzz: root deps ## bytes of strangers, FUZZ_SECONDS=n for each target; FUZZ=name
 	  TMPDIR=$$scratch $$out/$$triple/release/$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=10 \
 	    -rss_limit_mb=1024 -print_final_stats=1 -print_funcs=0 -verbosity=0 -artifact_prefix=$$out/found-$$target- $$out/corpus/$$target $$seeds; done
 
-# What is shipped, and the programs that measure it, gathered as the tests' are.
+# What is shipped, gathered as the tests' programs are, and what measures it.
 .PHONY: release-bins
 release-bins: build
 	$(CARGO) build --locked --release -p holdfast-integration --bins
 	@mkdir -p $(TARGET_DIR)/bench-bin; \
-	for file in release/holdfastd release/holdfast release/holdfast-testimage $(TRIPLE)/shim/$(SHIM); do \
+	for file in release/holdfastd release/holdfast $(TRIPLE)/shim/$(SHIM); do \
 	  ln -sfT $(TARGET_DIR)/$$file $(TARGET_DIR)/bench-bin/$$(basename $$file); done
 
 .PHONY: bench
