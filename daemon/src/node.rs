@@ -274,14 +274,7 @@ impl Cgroup {
                 .filter(|m| m.options.split(',').any(|o| o == "memory"))
                 .any(|m| m.target.join("memory.memsw.limit_in_bytes").exists()),
         };
-        let hugepage_sizes = fs::read_dir("/sys/kernel/mm/hugepages")
-            .map(|entries| {
-                entries
-                    .flatten()
-                    .filter_map(|entry| hugepage_directory(&entry.file_name().to_string_lossy()))
-                    .collect()
-            })
-            .unwrap_or_default();
+        let hugepage_sizes = holdfast_shim::cgroup::huge_page_sizes().into_iter().collect();
         Ok(Cgroup { mode, controllers, hugepage_sizes, swap })
     }
 
@@ -316,12 +309,6 @@ fn v1_controllers(mounts: &[&MountInfo]) -> BTreeSet<String> {
         .filter(|o| !o.contains('='))
         .map(str::to_owned)
         .collect()
-}
-
-/// "hugepages-2048kB" is 2 MiB.
-fn hugepage_directory(name: &str) -> Option<u64> {
-    let kib: u64 = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 fn status_field<'a>(status: &'a str, field: &str) -> Option<&'a str> {
@@ -651,8 +638,6 @@ mod tests {
         assert_eq!(kernel_version("6.18.44-fc\n"), Some((6, 18)));
         assert_eq!(kernel_version("5.10-rc1"), Some((5, 10)));
         assert_eq!(kernel_version("linux"), None);
-        assert_eq!(hugepage_directory("hugepages-2048kB"), Some(2 << 20));
-        assert_eq!(hugepage_directory("hugepages-x"), None);
         assert_eq!(status_field("Name:\tx\nCapBnd:\t00ff\n", "CapBnd"), Some("00ff"));
         assert_eq!(status_field("Seccomp_filters:\t0\n", "Seccomp"), None);
         let profiles = parse_apparmor_profiles("a b (enforce)\n/usr/bin/x (complain)\n");

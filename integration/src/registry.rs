@@ -111,7 +111,7 @@ impl Registry {
     /// # Errors
     /// The log does not come.
     pub async fn gets(&self, path: &str) -> Result<usize> {
-        Ok(self.whole_log().await?.matches(&format!("\"GET {path} ")).count())
+        Ok(self.answers(path).await?.len())
     }
 
     /// Bytes of answers to GET requests for a path since the start: what was asked for by ranges
@@ -120,15 +120,17 @@ impl Registry {
     /// # Errors
     /// The log does not come.
     pub async fn sent(&self, path: &str) -> Result<u64> {
+        Ok(self.answers(path).await?.iter().sum())
+    }
+
+    /// Bytes of each answer to a GET request for a path since the start.
+    async fn answers(&self, path: &str) -> Result<Vec<u64>> {
         // The access log has, after the request in quotes, status and bytes.
         let request = format!("\"GET {path} HTTP/1.1\" ");
         let log = self.whole_log().await?;
-        let answers = log.split(&request).skip(1);
-        let sent = |rest: &str| rest.split_whitespace().nth(1).unwrap_or_default().parse::<u64>();
-        answers
-            .map(sent)
-            .sum::<Result<u64, _>>()
-            .context("bytes of an answer in the registry's log")
+        let bytes = |rest: &str| rest.split_whitespace().nth(1).unwrap_or_default().parse::<u64>();
+        let answers: Result<_, _> = log.split(&request).skip(1).map(bytes).collect();
+        answers.context("bytes of an answer in the registry's log")
     }
 
     /// The requests about a repository since the start, as "METHOD path".

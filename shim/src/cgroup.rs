@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, statfs};
 use serde::{Deserialize, Serialize};
 
 /// Where the hierarchies are mounted by every init system.
@@ -748,11 +749,9 @@ fn io_v1(dir: &Path) -> Vec<Io> {
 
 fn huge_pages(dir: &Path, usage: &str, peak: &str) -> Vec<HugePages> {
     // Listing the directory for them would cost more than all that is read of it.
-    static SIZES: OnceLock<Vec<String>> = OnceLock::new();
-    let sizes = SIZES.get_or_init(|| {
-        let sizes = fs::read_dir("/sys/kernel/mm/hugepages").into_iter().flatten().flatten();
-        let name = |entry: fs::DirEntry| page_size(entry.file_name().to_str()?);
-        let mut names: Vec<_> = sizes.filter_map(name).collect();
+    static NAMES: OnceLock<Vec<String>> = OnceLock::new();
+    let names = NAMES.get_or_init(|| {
+        let mut names: Vec<_> = huge_page_sizes().into_iter().map(page_name).collect();
         names.sort();
         names
     });
@@ -763,17 +762,28 @@ fn huge_pages(dir: &Path, usage: &str, peak: &str) -> Vec<HugePages> {
             size: size.clone(),
         })
     };
-    sizes.iter().filter_map(read).collect()
+    names.iter().filter_map(read).collect()
 }
 
-/// As hugetlb's files are named, of a directory in /sys/kernel/mm/hugepages: "hugepages-2048kB" is "2MB".
-fn page_size(directory: &str) -> Option<String> {
-    let kib: u64 = directory.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
-    Some(match kib {
-        kib if kib >= 1 << 20 => format!("{}GB", kib >> 20),
-        kib if kib >= 1 << 10 => format!("{}MB", kib >> 10),
-        kib => format!("{kib}KB"),
-    })
+/// Sizes of huge pages that the kernel knows, in bytes.
+pub fn huge_page_sizes() -> Vec<u64> {
+    let entries = fs::read_dir("/sys/kernel/mm/hugepages").into_iter().flatten().flatten();
+    entries.filter_map(|entry| hugepage_directory(&entry.file_name().to_string_lossy())).collect()
+}
+
+/// "hugepages-2048kB" is 2 MiB.
+fn hugepage_directory(name: &str) -> Option<u64> {
+    let kib: u64 = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+    kib.checked_mul(1024)
+}
+
+/// As the kernel names its hugetlb files: "64KB", "2MB", "1GB".
+pub fn page_name(size: u64) -> String {
+    match size {
+        size if size >= 1 << 30 => format!("{}GB", size >> 30),
+        size if size >= 1 << 20 => format!("{}MB", size >> 20),
+        size => format!("{}KB", size >> 10),
+    }
 }
 
 fn pressure(path: &Path) -> Option<Pressure> {
@@ -824,9 +834,20 @@ fn named(dir: &Path, error: &io::Error) -> io::Error {
 
 /// Calls `visit` for `dir` and everything below it; what vanishes meanwhile is passed over.
 fn walk(dir: &Path, visit: &mut dyn FnMut(&Path) -> io::Result<()>) -> io::Result<()> {
+    // In the kernel's own file system a directory has two links, and one more for each in it. Others,
+    // lxcfs for one, may say two of all.
+    let counted = statfs(dir)
+        .is_ok_and(|fs| [CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC].contains(&fs.filesystem_type()));
+    walk_on(dir, counted, visit)
+}
+
+fn walk_on(
+    dir: &Path,
+    counted: bool,
+    visit: &mut dyn FnMut(&Path) -> io::Result<()>,
+) -> io::Result<()> {
     visit(dir)?;
-    // A directory without others in it has two links; one more for each (kernfs, and most file systems).
-    if fs::metadata(dir).is_ok_and(|leaf| leaf.nlink() == 2) {
+    if counted && fs::metadata(dir).is_ok_and(|leaf| leaf.nlink() == 2) {
         return Ok(());
     }
     let entries = match fs::read_dir(dir) {
@@ -837,7 +858,7 @@ fn walk(dir: &Path, visit: &mut dyn FnMut(&Path) -> io::Result<()>) -> io::Resul
     for entry in entries {
         let Ok(entry) = entry else { break };
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            walk(&entry.path(), visit)?;
+            walk_on(&entry.path(), counted, visit)?;
         }
     }
     Ok(())
@@ -1011,11 +1032,12 @@ mod tests {
         assert_eq!(stats.pids, Pids { current: Some(4), limit: Some(100) });
         assert_eq!(stats.io[0].writes, 4);
         assert_eq!(stats.hugetlb.len(), 1);
-        let names = ["hugepages-64kB", "hugepages-2048kB", "hugepages-1048576kB", "hugepages-xkB"];
+        let names = ["hugepages-64kB", "hugepages-2048kB", "hugepages-1048576kB", "hugepages-x"];
         assert_eq!(
-            names.map(page_size),
+            names.map(|name| hugepage_directory(name).map(page_name)),
             [Some("64KB".into()), Some("2MB".into()), Some("1GB".into()), None]
         );
+        assert_eq!(hugepage_directory("hugepages-2048kB"), Some(2 << 20));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Resource limits, and the cgroup that they are set on.
 
+use holdfast_shim::cgroup::page_name;
 use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxPids, LinuxResources};
 
 use super::{Error, caps};
@@ -263,15 +264,6 @@ fn page_size(text: &str) -> Option<u64> {
     };
     let number: u64 = number.parse().ok()?;
     number.checked_mul(1 << shift).filter(|size| *size > 0)
-}
-
-/// As the kernel names its hugetlb files: "64KB", "2MB", "1GB".
-fn page_name(size: u64) -> String {
-    match size {
-        size if size >= 1 << 30 => format!("{}GB", size >> 30),
-        size if size >= 1 << 20 => format!("{}MB", size >> 20),
-        size => format!("{}KB", size >> 10),
-    }
 }
 
 fn unified(

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     Image, Registry,
-    image::{Builder, Compression},
+    image::{Blob, Builder, Compression},
     tar::Entry,
     wait::{Look, eventually},
 };
@@ -43,17 +43,20 @@ pub const PULLED: [&str; 8] =
 /// An image in the registry.
 struct Pushed {
     reference: String,
-    /// The paths of its layers.
-    layers: Vec<String>,
-    /// Bytes of the last of them, as they are sent.
-    last_size: u64,
+    layers: Vec<Layer>,
     /// Bytes of its layers' archives.
     unpacked: usize,
 }
 
+struct Layer {
+    /// Where the registry has it.
+    path: String,
+    /// Bytes, as they are sent.
+    size: u64,
+}
+
 impl Pushed {
-    /// The path of its last layer.
-    fn last(&self) -> &str {
+    fn last(&self) -> &Layer {
         self.layers.last().expect("each has layers")
     }
 }
@@ -125,7 +128,7 @@ pub(super) async fn run(
 /// What no pull can be faster than: all layers to nowhere, at once, of a registry that has them in
 /// memory.
 async fn download(registry: &Registry, image: &Pushed) -> Result<()> {
-    try_join_all(image.layers.iter().map(|path| async move {
+    try_join_all(image.layers.iter().map(|Layer { path, .. }| async move {
         let mut stream = TcpStream::connect(registry.host()).await?;
         let request = format!(
             "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n",
@@ -153,7 +156,7 @@ async fn measured(
     samples: &mut Samples,
 ) -> Result<()> {
     quiet().await?;
-    let before = registry.sent(image.last()).await?;
+    let before = registry.sent(&image.last().path).await?;
     let pid = side.daemon.pid();
     let memory = Peak::start(pid)?;
     let written = written(pid)?;
@@ -180,10 +183,10 @@ async fn measured(
 /// that was measured.
 async fn fetched(side: &Side, registry: &Registry, image: &Pushed, before: u64) -> Result<f64> {
     eventually(Duration::from_secs(5), "the registry to log the download", async || {
-        let bytes = registry.sent(image.last()).await? - before;
-        let all = bytes >= image.last_size;
-        let times = bytes as f64 / image.last_size as f64;
-        Ok(if all { Look::Done(times) } else { Look::Not(format!("{bytes} bytes")) })
+        let bytes = registry.sent(&image.last().path).await? - before;
+        let size = image.last().size;
+        let times = bytes as f64 / size as f64;
+        Ok(if bytes >= size { Look::Done(times) } else { Look::Not(format!("{bytes} bytes")) })
     })
     .await
     .with_context(|| format!("{} had the layers already", side.column))
@@ -202,7 +205,7 @@ async fn many(
     let one = millis(started);
     side.remove_image(&image.reference).await?;
     quiet().await?;
-    let before = registry.sent(image.last()).await?;
+    let before = registry.sent(&image.last().path).await?;
     let started = Instant::now();
     let calls = (0..10).map(|_| {
         let mut images = side.images.clone();
@@ -269,10 +272,12 @@ async fn push(
     let tag = &image.manifest.digest["sha256:".len()..][..8];
     let repository = format!("bench/{name}");
     let reference = registry.push(&format!("{repository}:{tag}"), &image).await?;
-    let path = |digest: &str| format!("/v2/{repository}/blobs/{digest}");
-    let layers = image.layers.iter().map(|layer| path(&layer.digest)).collect();
-    let last_size = image.layers.last().map_or(0, |layer| layer.content.len()) as u64;
-    Ok(Pushed { reference, layers, last_size, unpacked })
+    let layer = |blob: &Blob| Layer {
+        path: format!("/v2/{repository}/blobs/{}", blob.digest),
+        size: blob.content.len() as u64,
+    };
+    let layers = image.layers.iter().map(layer).collect();
+    Ok(Pushed { reference, layers, unpacked })
 }
 
 /// About `size` bytes: two thirds of them in files of megabytes, the rest in many small ones, as a
