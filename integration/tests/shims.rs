@@ -152,6 +152,30 @@ async fn a_killed_shim_takes_nothing_with_it_under_crun() -> Result<()> {
     a_killed_shim_takes_nothing_with_it("crun").await
 }
 
+/// A shim that dies when it has hardly taken over is followed by one that has all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn shims_that_die_one_after_the_other_lose_no_terminal() -> Result<()> {
+    let (node, image) = with_busybox("runc").await?;
+    let pod = node.pod("a").host_network().run().await?;
+    let terminal = pod.container(&image).config(|c| {
+        c.tty = true;
+        c.stdin = true;
+    });
+    let terminal = terminal.sh("while read x; do echo got $x; done; exit 8").start().await?;
+    let control = Control::new(&bundle(&node, &pod));
+    for round in 0..10 {
+        for _ in 0..3 {
+            kill_shim(&node, &pod).await?;
+        }
+        let both = Attach { stdin: true, stdout: true, stderr: false };
+        let (mut input, _output) = control.attach(&terminal.id, both).await?.split();
+        input.stdin(format!("round {round}\n").as_bytes()).await?;
+        let seen = terminal.wait_for_log(&format!("got round {round}")).await;
+        seen.with_context(|| node.daemon_log(40))?;
+    }
+    node.finish().await
+}
+
 /// What is read of a line that has not ended outlives the shim that read it, and is written once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_line_that_has_begun_is_whole_after_its_shim_was_killed() -> Result<()> {
@@ -171,7 +195,9 @@ async fn a_line_that_has_begun_is_whole_after_its_shim_was_killed() -> Result<()
         .container(&image)
         .name("terminal")
         .config(|c| c.tty = true)
-        .sh(&format!("{wait}; printf first; w 1; printf -second; w 2; echo -third; w 3; w 4"))
+        .sh(&format!(
+            "{wait}; printf first; w 1; printf -second; w 2; echo -third; w 3; printf last; w 4"
+        ))
         .mount(&go, "/go", |_| {});
     let terminal = terminal.start().await?;
     let kept = async |container: &Container, streams: &[&str], text: &str| {
@@ -202,10 +228,12 @@ async fn a_line_that_has_begun_is_whole_after_its_shim_was_killed() -> Result<()
     }
     // The other stream's is still to come, and records of the one that has ended are behind its place.
     piped.wait_for_log("first-second-third").await?;
+    terminal.wait_for_log("first-second-third").await?;
     kill_shim(&node, &pod).await?;
     fs::write(go.join("3"), "")?;
     piped.wait_for_log("after").await?;
     kept(&piped, &["stdout", "stderr"], "last").await?;
+    kept(&terminal, &["stdout"], "last").await?;
     without_a_shim(&node, &pod, async || Ok(fs::write(go.join("4"), "")?)).await?;
     piped.ends_with(0).await?;
     terminal.ends_with(0).await?;
@@ -216,7 +244,7 @@ async fn a_line_that_has_begun_is_whole_after_its_shim_was_killed() -> Result<()
     let whole = ["before", "first-second-third"];
     assert_eq!(lines(&piped, "stdout")?, [&whole[..], &["after", "last"]].concat());
     assert_eq!(lines(&piped, "stderr")?, [&whole[..], &["last"]].concat());
-    assert_eq!(lines(&terminal, "stdout")?, ["first-second-third"]);
+    assert_eq!(lines(&terminal, "stdout")?, ["first-second-third", "last"]);
     node.finish().await
 }
 

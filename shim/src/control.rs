@@ -12,7 +12,8 @@
 //! frame: kind u8, length u32 big endian, payload
 //! -> 0 stdin (empty: end of input)   4 resize (u16 width, u16 height, big endian)
 //! <- 1 stdout   2 stderr   3 end (empty: the container's output has ended)
-//! -> keep\n                           <- ok\n, then 5 keep (a descriptor and its name) and 6 drop (name)
+//! -> keep\n                           <- ok\n, then 5 keep (a descriptor and its name) and 6 drop (name),
+//!                                       and 3 end once, when all that there is has been lent
 //! -> adopt\n                          <- ok\n
 //! -> 5 keep …, 3 end                  <- ok\n | error <text>\n
 //! ```
@@ -50,7 +51,7 @@ pub enum Kind {
     Stdout = 1,
     /// Bytes of standard error.
     Stderr = 2,
-    /// No output will follow.
+    /// No output will follow; of descriptors, that they are all there.
     End = 3,
     /// New size of the terminal.
     Resize = 4,
@@ -226,6 +227,17 @@ impl Request {
 pub use self::client::{AttachInput, AttachOutput, AttachStream, Control, Output};
 pub use crate::fds::Kept;
 
+/// What a shim says of what it lends.
+#[derive(Debug)]
+pub enum Loan {
+    /// To be held under this name.
+    Keep(String, std::os::fd::OwnedFd),
+    /// Not to be held any more.
+    Drop(String),
+    /// All that there was to lend when it began.
+    All,
+}
+
 #[cfg(feature = "client")]
 mod client {
     use std::{
@@ -245,7 +257,7 @@ mod client {
     };
 
     use super::{
-        Attach, FRAME_MAX, HEADER, Hello, Kept, Kind, LINE_MAX, Request, header, parse_header,
+        Attach, FRAME_MAX, HEADER, Hello, Kept, Kind, LINE_MAX, Loan, Request, header, parse_header,
     };
     use crate::{bundle::Bundle, client::Error, fds};
 
@@ -339,23 +351,22 @@ mod client {
             .await
         }
 
-        /// Follows what the shim lends, until it is gone: `changed` is told of each descriptor, and
-        /// with `None` of one that is not to be kept any more.
+        /// Follows what the shim lends, until it is gone. A shim of a release before [`Loan::All`] says
+        /// nothing of the kind.
         ///
         /// # Errors
         /// The shim cannot be reached, does not know the word, or breaks the protocol.
-        pub async fn keep(
-            &self,
-            mut changed: impl FnMut(String, Option<std::os::fd::OwnedFd>),
-        ) -> Result<(), Error> {
+        pub async fn keep(&self, mut changed: impl FnMut(Loan)) -> Result<(), Error> {
             let call = "keep";
             let io = |source| Error::Io { call, source };
             let stream = self.ask(call, &Request::Keep).await?;
             let mut reader = fds::Reader::new(&stream);
             accepted(call, &reader.line().await.map_err(io)?)?;
             while let Some(frame) = reader.frame().await.map_err(io)? {
-                match frame.kind {
-                    Kind::Keep | Kind::Drop => changed(frame.name, frame.fd),
+                match (frame.kind, frame.fd) {
+                    (Kind::Keep, Some(fd)) => changed(Loan::Keep(frame.name, fd)),
+                    (Kind::Drop, _) => changed(Loan::Drop(frame.name)),
+                    (Kind::End, _) => changed(Loan::All),
                     // Of a newer shim.
                     _ => {}
                 }

@@ -893,6 +893,7 @@ async fn control_client(stream: UnixStream, pod: &Arc<Pod>) -> io::Result<()> {
 async fn lend(stream: UnixStream, pod: &Pod) -> io::Result<()> {
     use std::os::fd::AsFd as _;
     let mut told = BTreeSet::<String>::new();
+    let mut told_all = false;
     loop {
         // Before the look, so that no change after it is missed.
         let changed = pod.lent.notified();
@@ -908,6 +909,9 @@ async fn lend(stream: UnixStream, pod: &Pod) -> io::Result<()> {
                 fds::send(&stream, Kind::Keep, &name, Some(fd.as_fd())).await?;
                 told.insert(name);
             }
+        }
+        if !std::mem::replace(&mut told_all, true) {
+            fds::send(&stream, Kind::End, "", None).await?;
         }
         tokio::select! {
             biased;

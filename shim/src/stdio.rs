@@ -675,6 +675,10 @@ impl Io {
                 }
                 io.run_terminal(&master, request.stdin, request.stdout)?;
                 io.terminal = Some(Terminal::Open(master));
+            } else if let Some(outputs) = &io.outputs {
+                // It has hung up: what had begun is all of its last line.
+                outputs.open.store(1, Ordering::Relaxed);
+                outputs.end(Stream::Stdout);
             }
             return Ok(io);
         }
