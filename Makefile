@@ -220,8 +220,7 @@ bench: root deps release-bins ## measures against the bare runtimes, and contain
 ##@ Trying it
 .PHONY: quickstart
 quickstart: root deps build ## a daemon, an image, a pod; then the daemon is killed and the pod is not (root)
-	@$(give_back); $(CARGO) build --locked --release -p holdfast-integration --bin holdfast-testimage; \
-	HOLDFAST_BUILD=$(TARGET_DIR) deploy/quickstart.sh
+	@$(give_back); HOLDFAST_BUILD=$(TARGET_DIR) deploy/quickstart.sh
 
 .PHONY: quickstart-clean
 quickstart-clean: root ## removes every trace of it (root)

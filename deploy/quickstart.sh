@@ -13,11 +13,15 @@ BRIDGE=hfquick0
 SUBNET=10.219.77.0/24
 SOCKET=$STATE/holdfast.sock
 LINES=200
+case $(uname -m) in
+  x86_64) architecture=amd64 ;;
+  aarch64) architecture=arm64 ;;
+  *) architecture=$(uname -m) ;;
+esac
 
 build=${HOLDFAST_BUILD:-target}
 daemon=$build/release/holdfastd
 cli=$build/release/holdfast
-testimage=$build/release/holdfast-testimage
 shim=$(echo "$build"/*/shim/containerd-shim-holdfast-v2)
 
 if [ -t 1 ]; then bold=$'\e[1m' dim=$'\e[2m' plain=$'\e[0m'; else bold='' dim='' plain=''; fi
@@ -40,7 +44,7 @@ holdfast() { HOLDFAST_ADDRESS=$SOCKET "$cli" "$@"; }
 pid_of() {
   local pid
   pid=$(cat "$STATE/$1.pid" 2>/dev/null) || return 1
-  tr '\0' ' ' < "/proc/$pid/cmdline" 2>/dev/null | grep -qF "$ROOT" || return 1
+  { tr '\0' ' ' < "/proc/$pid/cmdline"; } 2>/dev/null | grep -qF "$ROOT" || return 1
   echo "$pid"
 }
 wait_until() {
@@ -69,6 +73,27 @@ end_process() {
   done
   kill -KILL "$pid" 2>/dev/null || true
 }
+# A docker-archive at $1 of an image called $2.
+make_image() {
+  local files=$ROOT/image
+  local busybox=$files/rootfs/bin/busybox
+  mkdir -p "$files/rootfs"/{bin,dev,etc,proc,root,sys,tmp}
+  cp "$(command -v busybox)" "$busybox"
+  "$busybox" --list | grep -vx busybox | xargs -I{} ln -s busybox "$files/rootfs/bin/{}"
+  echo 'root:x:0:0:root:/root:/bin/sh' > "$files/rootfs/etc/passwd"
+  echo 'root:x:0:' > "$files/rootfs/etc/group"
+  tar -C "$files/rootfs" --numeric-owner -cf "$files/layer.tar" .
+  cat > "$files/config.json" <<JSON
+{
+  "os": "linux", "architecture": "$architecture",
+  "config": { "Cmd": ["/bin/sh"], "Env": ["PATH=/bin"] },
+  "rootfs": { "type": "layers", "diff_ids": ["sha256:$(sha256sum < "$files/layer.tar" | cut -d ' ' -f 1)"] }
+}
+JSON
+  echo "[{ \"Config\": \"config.json\", \"RepoTags\": [\"$2\"], \"Layers\": [\"layer.tar\"] }]" > "$files/manifest.json"
+  tar -C "$files" -cf "$1" manifest.json config.json layer.tar
+  rm -r "$files"
+}
 
 clean() {
   if [ ! -e "$ROOT" ] && [ ! -e "$STATE" ] && [ ! -e "/sys/class/net/$BRIDGE" ]; then
@@ -90,7 +115,7 @@ clean() {
   for dir in /proc/[0-9]*; do
     pid=${dir#/proc/}
     if [ "$pid" != $$ ] && [ "$pid" != "$PPID" ] \
-      && tr '\0' ' ' < "$dir/cmdline" 2>/dev/null | grep -qE "($ROOT|$STATE)/"; then
+      && { tr '\0' ' ' < "$dir/cmdline"; } 2>/dev/null | grep -qE "($ROOT|$STATE)/"; then
       kill -KILL "$pid" 2>/dev/null || true
     fi
   done
@@ -107,11 +132,17 @@ clean() {
   awk -v a="$ROOT/" -v b="$STATE/" 'index($5, a) == 1 || index($5, b) == 1 { print $5 }' /proc/self/mountinfo \
     | tac | while read -r mount; do umount -l "$mount" || true; done
   ip link delete "$BRIDGE" 2>/dev/null || true
-  local iptables
+  # Rules of the network's plugins bear its name; the chains they lead to are of one pod each.
+  local iptables chain number target
   for iptables in iptables ip6tables; do
-    "$iptables" -w -t nat -S 2>/dev/null | grep -F "\\\"$NAME\\\"" | sed 's/^-A/-D/' | while read -r rule; do
-      echo "$rule" | xargs "$iptables" -w -t nat || true
-    done || true
+    for chain in POSTROUTING CNI-HOSTPORT-DNAT; do
+      { "$iptables" -w -t nat -nL "$chain" --line-numbers 2>/dev/null || true; } \
+        | { grep -F "\"$NAME\"" || true; } | sort -rn | while read -r number target _; do
+          "$iptables" -w -t nat -D "$chain" "$number"
+          "$iptables" -w -t nat -F "$target"
+          "$iptables" -w -t nat -X "$target"
+        done
+    done
   done
   rm -rf --one-file-system "$ROOT" "$STATE" "/var/log/$NAME"
 }
@@ -122,7 +153,7 @@ if [ "${1:-}" = clean ]; then
   exit 0
 fi
 
-for binary in "$daemon" "$cli" "$testimage" "$shim"; do
+for binary in "$daemon" "$cli" "$shim"; do
   [ -x "$binary" ] || die "$binary is missing: run 'make quickstart', which builds it"
 done
 clean
@@ -132,7 +163,7 @@ printf '%sHoldfast quickstart%s: everything is kept in %s and %s\n' "$bold" "$pl
 mkdir -p -m 0700 "$ROOT" "$STATE"
 mkdir -p "$ROOT/net.d" "$ROOT/log"
 
-say "A registry with a small image"
+say "A registry"
 # Port 0 would be fine if docker-registry told which one it got.
 port=$(( 20000 + RANDOM % 20000 ))
 while ss -ltn 2>/dev/null | grep -q ":$port "; do port=$((port + 1)); done
@@ -146,8 +177,7 @@ setsid docker-registry serve "$ROOT/registry.yml" > "$ROOT/registry.log" 2>&1 < 
 echo $! > "$STATE/registry.pid"
 listening() { (exec 3<> "/dev/tcp/127.0.0.1/$port") 2>/dev/null; }
 wait_until "docker-registry" listening
-image=$("$testimage" push "127.0.0.1:$port/quickstart/busybox:1" --layers 2)
-note "docker-registry listens on 127.0.0.1:$port and has an image of Debian's busybox: $image"
+note "docker-registry listens on 127.0.0.1:$port"
 
 say "A network for pods: CNI's bridge plugin"
 cat > "$ROOT/net.d/10-quickstart.conflist" <<JSON
@@ -182,7 +212,12 @@ start_daemon
 note "holdfastd is process $(pid_of holdfastd); its socket is $SOCKET"
 show version
 
-say "The image is pulled"
+say "An image of Debian's busybox, into the registry and out of it"
+image=127.0.0.1:$port/quickstart/busybox:1
+make_image "$ROOT/busybox.tar" "$image"
+show image load "$ROOT/busybox.tar"
+show image push "$image"
+show rmi "$image"
 show pull "$image"
 show images
 
