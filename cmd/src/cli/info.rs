@@ -17,7 +17,7 @@ use super::{
 pub(super) async fn version(global: &Global, args: Show) -> Result<u8> {
     let own = env!("CARGO_PKG_VERSION");
     if args.output == Shown::Text {
-        wire::write(&format!("holdfast   {own}\n"))?;
+        wire::write(&format!("client     {own}\n"))?;
     }
     let client = Client::connect(global).await?;
     let mut runtime = client.runtime.clone();
@@ -27,7 +27,7 @@ pub(super) async fn version(global: &Global, args: Show) -> Result<u8> {
         Shown::Json => wire::print(&document(), Document::Json)?,
         Shown::Yaml => wire::print(&document(), Document::Yaml)?,
         Shown::Text => wire::write(&format!(
-            "{:<10} {}\nCRI        {}\n",
+            "daemon     {} {}\nCRI        {}\n",
             printable(&server.runtime_name),
             printable(&server.runtime_version),
             printable(&server.runtime_api_version),

@@ -612,14 +612,14 @@ async fn info_says_what_is_not_ready_and_why() {
 async fn version_is_the_clients_and_the_daemons() {
     let own = env!("CARGO_PKG_VERSION");
     let node = Node::new(State::default());
-    let expected = format!("holdfast   {own}\nfake       1.2.3\nCRI        v1\n");
+    let expected = format!("client     {own}\ndaemon     fake 1.2.3\nCRI        v1\n");
     assert_eq!(node.run(&["version"]).await.ok(), expected);
     let json: Value =
         serde_json::from_str(&node.run(&["version", "-o", "json"]).await.ok()).unwrap();
     assert_eq!(json["server"]["runtimeName"], "fake");
     // The client's own is known without a daemon.
     let ran = ran(holdfast(&["version", "--address", "/nonexistent.sock"])).await;
-    assert_eq!(ran.out, format!("holdfast   {own}\n"));
+    assert_eq!(ran.out, format!("client     {own}\n"));
     ran.fails(1, "is holdfastd running?");
 }
 
