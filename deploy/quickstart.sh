@@ -138,9 +138,10 @@ clean() {
     for chain in POSTROUTING CNI-HOSTPORT-DNAT; do
       { "$iptables" -w -t nat -nL "$chain" --line-numbers 2>/dev/null || true; } \
         | { grep -F "\"$NAME\"" || true; } | sort -rn | while read -r number target _; do
-          "$iptables" -w -t nat -D "$chain" "$number"
-          "$iptables" -w -t nat -F "$target"
-          "$iptables" -w -t nat -X "$target"
+          # What cannot go must not keep the rest from going.
+          "$iptables" -w -t nat -D "$chain" "$number" \
+            && "$iptables" -w -t nat -F "$target" \
+            && "$iptables" -w -t nat -X "$target" || true
         done
     done
   done
